@@ -1,0 +1,49 @@
+# Two commands for newcomers: `make demo` and `make test`. Everything is installed into .venv from constraints.txt.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+DEMO_OUT ?= demo
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lab lint types check notebooks clean
+
+help: ## list the targets
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 20
+
+# torch first and alone: another package that pulled it in might pick a newer build, gigabytes larger.
+$(VENV)/base: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "sparselab needs Python 3.11 or newer: make PYTHON=python3.11")'
+	@echo "Installing into $(VENV); a few minutes the first time."
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch
+	$(PIP) -e '.[notebooks]'
+	@touch $@
+
+$(VENV)/test: $(VENV)/base
+	$(PIP) -e '.[test]'
+	@touch $@
+
+demo: $(VENV)/base ## prune the bundled model three ways and print what each cost
+	$(BIN)/sparselab compare tiny --out $(DEMO_OUT) --overwrite
+
+test: $(VENV)/test ## run every test that this machine can
+	$(BIN)/python -m pytest
+
+lab: $(VENV)/base ## open JupyterLab on the notebooks
+	$(BIN)/jupyter lab notebooks
+
+lint: $(VENV)/test ## check format and style
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: $(VENV)/test ## check types
+	$(BIN)/mypy
+
+check: lint types test ## everything that CI checks
+
+notebooks: $(VENV)/test ## run the notebooks and store their outputs
+	$(BIN)/jupyter nbconvert --to notebook --execute --inplace notebooks/*.ipynb
+
+clean: ## remove what make and the tests have made
+	rm -rf $(VENV) $(DEMO_OUT) .pytest_cache .mypy_cache .ruff_cache .hypothesis dist

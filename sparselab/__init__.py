@@ -1,0 +1,68 @@
+"""One-shot pruning of language models: magnitude, Wanda and SparseGPT, with results one can trust.
+
+Nothing heavy is imported before it is used: `import sparselab` does not load torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sparselab import solvers
+    from sparselab.corpora import calibration_tokens, evaluation_tokens
+    from sparselab.evaluation import Perplexity, bits_per_byte, perplexity
+    from sparselab.experiment import compare
+    from sparselab.models import load
+    from sparselab.pruners import Magnitude, SparseGPT, Wanda
+    from sparselab.pruning import Report, collect, prune
+    from sparselab.training import train
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Magnitude": "pruners",
+    "Perplexity": "evaluation",
+    "Report": "pruning",
+    "SparseGPT": "pruners",
+    "Wanda": "pruners",
+    "bits_per_byte": "evaluation",
+    "calibration_tokens": "corpora",
+    "collect": "pruning",
+    "compare": "experiment",
+    "evaluation_tokens": "corpora",
+    "load": "models",
+    "perplexity": "evaluation",
+    "prune": "pruning",
+    "train": "training",
+}
+
+__all__ = [
+    "Magnitude",
+    "Perplexity",
+    "Report",
+    "SparseGPT",
+    "Wanda",
+    "bits_per_byte",
+    "calibration_tokens",
+    "collect",
+    "compare",
+    "evaluation_tokens",
+    "load",
+    "perplexity",
+    "prune",
+    "solvers",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "solvers":
+        return import_module("sparselab.solvers")
+    if name not in _HOME:
+        raise AttributeError(f"module 'sparselab' has no attribute {name!r}")
+    value = getattr(import_module(f"sparselab.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

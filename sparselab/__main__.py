@@ -1,0 +1,7 @@
+"""`python -m sparselab`."""
+
+import sys
+
+from sparselab.cli import main
+
+sys.exit(main())

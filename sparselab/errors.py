@@ -1,0 +1,29 @@
+"""The exceptions of sparselab: each states what happened, where, and what to do about it.
+
+Wrong arguments raise the built-in `ValueError` or `TypeError`. The classes here are for trouble that only shows once
+work has begun, or that lies in files and models rather than in a call.
+"""
+
+
+class SparselabError(Exception):
+    """Base of every error that sparselab raises itself, apart from ValueError and TypeError."""
+
+
+class SingularHessianError(SparselabError):
+    """A Hessian is not positive definite even after damping; nothing is put in its place."""
+
+
+class NonFiniteError(SparselabError):
+    """A weight, an input or a loss is NaN or infinite."""
+
+
+class ModelLoadError(SparselabError):
+    """A model folder or hub id cannot be opened as a causal language model."""
+
+
+class UnsupportedModelError(SparselabError):
+    """The model has no list of decoder blocks with linear layers that sparselab can find."""
+
+
+class OutputError(SparselabError):
+    """An output folder is in use, holds something already, or cannot be written."""

@@ -1,0 +1,121 @@
+"""Perplexity by the papers' protocol, with its uncertainty. Nothing here changes a model."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from sparselab.errors import NonFiniteError
+from sparselab.models.blocks import Decoder, evaluating
+from sparselab.models.inputs import batches, check_tokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# Logits held at a time, in elements: 128 MiB in float32, whatever the size of the vocabulary.
+_LOGITS_AT_ONCE = 2**25
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """exp of the mean negative log-likelihood per token; `float(ppl)` gives the number.
+
+    Args:
+        nll: mean negative log-likelihood per predicted token of each window, in nats, float64 on the CPU.
+        seqlen: tokens a window; each predicts seqlen − 1 of them.
+    """
+
+    nll: Float[Tensor, " windows"]
+    seqlen: int
+
+    def __float__(self) -> float:
+        return math.exp(self.nll.mean().item())
+
+    def __str__(self) -> str:
+        return f"{float(self):.2f} ± {self.stderr:.2f}"
+
+    @property
+    def stderr(self) -> float:
+        """Standard error of the perplexity over windows (delta method); NaN for a single window."""
+        if len(self.nll) < 2:
+            return math.nan
+        return float(self) * self.nll.std().item() / math.sqrt(len(self.nll))
+
+
+def perplexity(
+    model: "PreTrainedModel",
+    tokens: Int[Tensor, "windows seqlen"],
+    batch_size: int | None = None,
+    progress: bool = True,
+) -> Perplexity:
+    """Perplexity of a causal language model on windows of tokens.
+
+    Each window is a context of its own; its first token predicts and is not predicted. The model is run by its own
+    code; only the projection to the vocabulary is cut into pieces, so that memory does not grow with the vocabulary.
+
+    Args:
+        model: a `transformers` causal language model, on any device.
+        tokens: from `evaluation_tokens`, or any LongTensor of ids.
+        batch_size: windows at a time; None chooses by the device.
+        progress: show a bar.
+
+    Raises:
+        ValueError: tokens are not windows the model can take.
+        NonFiniteError: a loss is NaN or infinite; names the first block that sends on such values.
+    Source: Frantar & Alistarh 2023, section 4, and the published evaluation code.
+    """
+    decoder = Decoder(model)
+    tokens = check_tokens(decoder, tokens)
+    if tokens.shape[1] < 2:
+        raise ValueError("tokens: expected windows of at least 2 tokens, since the first is not predicted")
+    losses = []
+    with evaluating(model), tqdm(total=len(tokens), desc="perplexity", unit="window", disable=not progress) as bar:
+        for batch in batches(tokens, batch_size, decoder.device):
+            nll = _window_losses(decoder, batch)
+            if not nll.isfinite().all():
+                raise NonFiniteError(f"perplexity: the loss is not finite; {_first_bad_block(decoder, batch)}")
+            losses.append(nll.cpu())
+            bar.update(len(batch))
+    return Perplexity(torch.cat(losses), tokens.shape[1])
+
+
+def bits_per_byte(
+    ppl: Perplexity, tokens: Int[Tensor, "windows seqlen"], tokenizer: "PreTrainedTokenizerBase"
+) -> float:
+    """The same loss per byte of text, in bits: comparable between vocabularies, as perplexity is not."""
+    predicted = sum(len(text.encode()) for text in tokenizer.batch_decode(tokens[:, 1:].tolist()))
+    nats = ppl.nll.sum().item() * (ppl.seqlen - 1)
+    return nats / math.log(2) / predicted
+
+
+def _window_losses(decoder: Decoder, batch: Int[Tensor, "batch seq"]) -> Float[Tensor, " batch"]:
+    *_, (_, hidden) = _hidden_states(decoder, batch)
+    targets = batch[:, 1:].to(hidden.device)
+    step = max(1, _LOGITS_AT_ONCE // (len(batch) * decoder.vocab_size))
+    total = torch.zeros(len(batch), dtype=torch.float64, device=hidden.device)
+    for start in range(0, targets.shape[1], step):
+        piece = targets[:, start : start + step]
+        logits = decoder.head(hidden[:, start : start + piece.shape[1]])
+        total += F.cross_entropy(logits.transpose(1, 2).float(), piece, reduction="none").double().sum(dim=1)
+    return total / targets.shape[1]
+
+
+def _hidden_states(decoder: Decoder, batch: Int[Tensor, "batch seq"]) -> Iterator[tuple[str, Tensor]]:
+    hidden, calls = decoder.embed(batch)
+    yield "the embedding", hidden
+    for index, call in enumerate(calls):
+        hidden = decoder.run_block(index, hidden, call)
+        yield f"{decoder.blocks_name}.{index}", hidden
+
+
+def _first_bad_block(decoder: Decoder, batch: Int[Tensor, "batch seq"]) -> str:
+    for name, hidden in _hidden_states(decoder, batch):
+        if not hidden.isfinite().all():
+            return f"the first output that is not finite is that of {name}; look at its weights"
+    return "all blocks send on finite values, so it is the final norm or the head"

@@ -1,0 +1,190 @@
+"""A causal language model seen as embed → blocks → head, by replaying its own code, whatever the family.
+
+Nothing here re-implements a forward pass. The blocks are replaced for a moment by pass-throughs that keep the arguments
+they were called with (rotary embeddings, masks, cache flags); with these each block can be called alone, in any order,
+and hidden states travel from block to block outside the model.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple, cast
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from sparselab.errors import UnsupportedModelError
+
+Linear = nn.Linear | Conv1D
+
+
+class Call(NamedTuple):
+    """What a block is called with besides its hidden states."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class Decoder:
+    """A causal language model taken apart at its decoder blocks; the model itself is left as it is.
+
+    Args:
+        model: any `transformers` causal language model whose blocks are one `nn.ModuleList`.
+
+    Raises:
+        UnsupportedModelError: no such list is found.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.blocks_name, self.blocks = _find_blocks(model)
+        self.backbone = model.get_submodule(self.blocks_name.rpartition(".")[0])
+        self._returns_tuple: bool | None = None
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the input embedding: token ids must lie below it."""
+        return cast(nn.Embedding, self.model.get_input_embeddings()).weight.shape[0]
+
+    @property
+    def positions(self) -> int | None:
+        """The longest context the model's configuration allows, in tokens; None if it states none."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids have to lie: the device of the input embedding."""
+        return cast(nn.Embedding, self.model.get_input_embeddings()).weight.device
+
+    def linears(self) -> dict[str, Linear]:
+        """Every prunable layer of the model by its full name, block after block."""
+        return {
+            f"{self.blocks_name}.{index}.{name}": linear
+            for index, block in enumerate(self.blocks)
+            for name, linear in find_linears(block).items()
+        }
+
+    def embed(self, input_ids: Int[Tensor, "batch seq"]) -> tuple[Float[Tensor, "batch seq hidden"], list[Call]]:
+        """Run everything before block 0, and record what each block would be called with.
+
+        Returns:
+            The hidden states that enter block 0, and one `Call` per block.
+        """
+        entering: list[Tensor] = []
+        calls: list[Call] = []
+        first_block = self.blocks[0].forward
+
+        def record(index: int, *args: Any, **kwargs: Any) -> Any:
+            hidden, call = _split_hidden(args, kwargs)
+            if index == 0:
+                entering.append(hidden)
+                if self._returns_tuple is None:
+                    # A pass-through has to answer as the block does, and some answer with a tuple: one real call tells.
+                    self._returns_tuple = isinstance(first_block(*args, **kwargs), tuple)
+            calls.append(call)
+            return self._as_block_output(hidden)
+
+        with self._blocks_replaced(record):
+            self.backbone(input_ids=input_ids.to(self.device), use_cache=False)
+        if len(calls) != len(self.blocks):
+            raise UnsupportedModelError(
+                f"{type(self.model).__name__}: expected one call to each of the {len(self.blocks)} blocks in "
+                f"{self.blocks_name}, received {len(calls)}; models that skip or repeat blocks are not supported"
+            )
+        return entering[0], calls
+
+    def run_block(
+        self, index: int, hidden: Float[Tensor, "batch seq hidden"], call: Call
+    ) -> Float[Tensor, "batch seq hidden"]:
+        """Call one block with recorded arguments; returns the hidden states it sends on."""
+        output = self.blocks[index](hidden, *call.args, **call.kwargs)
+        sent_on: Tensor = output[0] if isinstance(output, tuple) else output
+        return sent_on
+
+    def head(self, hidden: Float[Tensor, "batch seq hidden"]) -> Float[Tensor, "batch seq vocab"]:
+        """Everything after the last block: final norm, projection to the vocabulary, the model's own soft caps.
+
+        The model's forward is run with all blocks passed over, the last one answering with the given hidden states.
+        """
+        batch, seq, _ = hidden.shape
+        any_ids = torch.zeros(batch, seq, dtype=torch.long, device=self.device)
+
+        def answer(_index: int, *_args: Any, **_kwargs: Any) -> Any:
+            return self._as_block_output(hidden)
+
+        with self._blocks_replaced(answer):
+            logits: Tensor = self.model(input_ids=any_ids, use_cache=False).logits
+        return logits
+
+    def _as_block_output(self, hidden: Tensor) -> Any:
+        return (hidden,) if self._returns_tuple else hidden
+
+    @contextmanager
+    def _blocks_replaced(self, forward: Callable[..., Any]) -> Iterator[None]:
+        # On the instance, so that attributes the model reads from its blocks stay; what was there (accelerate's
+        # hooks) is put back.
+        saved = [block.__dict__.get("forward") for block in self.blocks]
+        for index, block in enumerate(self.blocks):
+            block.__dict__["forward"] = partial(forward, index)
+        try:
+            yield
+        finally:
+            for block, original in zip(self.blocks, saved, strict=True):
+                del block.__dict__["forward"]
+                if original is not None:
+                    block.__dict__["forward"] = original
+
+
+def find_linears(block: nn.Module) -> dict[str, Linear]:
+    """The linear layers inside a block by name, in the order of their definition."""
+    return {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+
+
+def read_weight(linear: Linear) -> Float[Tensor, "d_out d_in"]:
+    """The layer's weight as [d_out, d_in], not a copy; the transposed storage of `Conv1D` is undone here."""
+    weight = linear.weight.detach()
+    return weight.T if isinstance(linear, Conv1D) else weight
+
+
+def write_weight(linear: Linear, weight: Float[Tensor, "d_out d_in"]) -> None:
+    """Put values into the layer's weight in place, whatever its storage, dtype and device."""
+    read_weight(linear).copy_(weight)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """No dropout and no gradients inside; every module's own training flag is put back afterwards."""
+    flags = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in flags.items():
+            module.training = training
+
+
+def _find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    config = model.config.get_text_config()
+    wanted = getattr(config, "num_hidden_layers", None)
+    found = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == wanted and find_linears(module)
+    ]
+    if getattr(config, "is_encoder_decoder", False) or not found:
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: expected a decoder-only model with its {wanted} blocks in one nn.ModuleList of "
+            "layers with linears, found none; see README.md for the families that work"
+        )
+    return max(found, key=lambda item: sum(parameter.numel() for parameter in item[1].parameters()))
+
+
+def _split_hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Call]:
+    if args:
+        return args[0], Call(args[1:], dict(kwargs))
+    others = {name: value for name, value in kwargs.items() if name != "hidden_states"}
+    return kwargs["hidden_states"], Call((), others)

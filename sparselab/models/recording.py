@@ -1,0 +1,97 @@
+"""What enters each linear layer of a block, summed as it passes; layers that see one tensor share one sum."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparselab.errors import SparselabError
+from sparselab.models.blocks import Call, Linear, find_linears, read_weight
+from sparselab.solvers import InputStatistics
+
+
+@contextmanager
+def collect_statistics(block: nn.Module, block_name: str, with_hessian: bool) -> Iterator[dict[str, InputStatistics]]:
+    """Sum up the inputs of a block's linear layers during the forward passes made inside.
+
+    Layers called with the very same tensor (q, k and v; gate and up) get the very same `InputStatistics`, which
+    sees each token once.
+
+    Args:
+        block: the block that is run.
+        block_name: for messages.
+        with_hessian: see `InputStatistics`.
+
+    Yields:
+        Statistics by layer name, filled while the block runs.
+
+    Raises:
+        NonFiniteError: an input is NaN or infinite; names the layer.
+        SparselabError: a layer was not called, or shares its input in some passes only.
+    """
+    linears = find_linears(block)
+    collector = _Collector(block_name, with_hessian)
+    hooks = [
+        linear.register_forward_pre_hook(partial(collector.see, name), with_kwargs=True)
+        for name, linear in linears.items()
+    ]
+    hooks.append(block.register_forward_hook(lambda *_: collector.seen.clear()))
+    try:
+        yield collector.statistics
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if idle := [name for name in linears if name not in collector.statistics]:
+        raise SparselabError(f"{block_name}.{idle[0]}: expected calibration tokens, the layer was never called")
+
+
+class _Collector:
+    def __init__(self, block_name: str, with_hessian: bool) -> None:
+        self.statistics: dict[str, InputStatistics] = {}
+        # The inputs of the pass under way with the first layer that saw each, and their version, which counts
+        # in-place changes; held until the block is done, so that no other tensor takes their place in memory.
+        self.seen: list[tuple[Tensor, int, str]] = []
+        self._block_name, self._with_hessian = block_name, with_hessian
+        self._leaders: dict[str, str] = {}
+
+    def see(self, name: str, linear: Linear, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        inputs = args[0] if args else next(iter(kwargs.values()))
+        same = (first for tensor, version, first in self.seen if tensor is inputs and inputs._version == version)
+        leader = next(same, name)
+        if self._leaders.setdefault(name, leader) != leader:
+            raise SparselabError(f"{self._block_name}.{name}: shares its input with other layers in some passes only")
+        if leader == name:
+            self.seen.append((inputs, inputs._version, name))
+            self._update(name, linear, inputs)
+        self.statistics[name] = self.statistics[leader]
+
+    def _update(self, name: str, linear: Linear, inputs: Tensor) -> None:
+        if name not in self.statistics:
+            d_in = read_weight(linear).shape[1]
+            self.statistics[name] = InputStatistics(d_in, self._with_hessian, device=inputs.device)
+        try:
+            self.statistics[name].update(inputs)
+        except SparselabError as error:
+            raise type(error)(f"{self._block_name}.{name}: {error}") from error
+
+
+def shared_tensors(calls: list[Call], earlier: list[Call]) -> list[Call]:
+    """The same calls, with tensors that equal those of an earlier batch replaced by them, so that one copy is kept."""
+    return [
+        Call(_share(now.args, before.args), _share(now.kwargs, before.kwargs))
+        for now, before in zip(calls, earlier, strict=True)
+    ]
+
+
+def _share(now: Any, before: Any) -> Any:
+    if isinstance(now, Tensor) and isinstance(before, Tensor):
+        same = now.dtype == before.dtype and now.shape == before.shape and torch.equal(now, before)
+        return before if same else now
+    if type(now) is tuple and type(before) is tuple and len(now) == len(before):
+        return tuple(_share(*pair) for pair in zip(now, before, strict=True))
+    if type(now) is dict and type(before) is dict:
+        return {key: _share(value, before.get(key)) for key, value in now.items()}
+    return now

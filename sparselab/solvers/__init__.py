@@ -1,0 +1,51 @@
+"""The mathematics of pruning on plain tensors: nothing here knows about models, files or devices."""
+
+from sparselab.solvers.checks import check_blocksize, check_percdamp, check_weight
+from sparselab.solvers.hessian import (
+    Factor,
+    InputStatistics,
+    damped,
+    dead_columns,
+    factorise,
+    layer_error,
+    relative_error,
+)
+from sparselab.solvers.magnitude import magnitude
+from sparselab.solvers.reconstruction import reconstruct
+from sparselab.solvers.sparsegpt import sparsegpt, sparsegpt_textbook, sweep
+from sparselab.solvers.sparsity import (
+    NM,
+    Pattern,
+    Unstructured,
+    keep_largest,
+    parse_sparsity,
+    pattern_from_counts,
+    realised_sparsity,
+)
+from sparselab.solvers.wanda import wanda
+
+__all__ = [
+    "NM",
+    "Factor",
+    "InputStatistics",
+    "Pattern",
+    "Unstructured",
+    "check_blocksize",
+    "check_percdamp",
+    "check_weight",
+    "damped",
+    "dead_columns",
+    "factorise",
+    "keep_largest",
+    "layer_error",
+    "magnitude",
+    "parse_sparsity",
+    "pattern_from_counts",
+    "realised_sparsity",
+    "reconstruct",
+    "relative_error",
+    "sparsegpt",
+    "sparsegpt_textbook",
+    "sweep",
+    "wanda",
+]

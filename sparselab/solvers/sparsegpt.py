@@ -1,0 +1,179 @@
+"""SparseGPT: walk the columns, prune by second-order score, let later columns make good what earlier ones lost.
+
+`sparsegpt` is the production path: one Cholesky factor and no inverse. `sparsegpt_textbook` is the same algorithm as
+the paper writes it, column by column, to be read and to be tested against.
+"""
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from sparselab.solvers.checks import check_blocksize, check_hessian, check_keep, check_weight
+from sparselab.solvers.hessian import Factor, damped, dead_columns, factorise, full_precision
+from sparselab.solvers.sparsity import NM, Pattern, keep_largest, parse_sparsity
+
+# Columns whose mutual influence is applied one by one; between such groups it is one matrix product.
+_COLUMNS_AT_ONCE = 32
+
+
+def sparsegpt(
+    weight: Float[Tensor, "d_out d_in"],
+    hessian: Float[Tensor, "d_in d_in"],
+    sparsity: float | str | Pattern,
+    percdamp: float = 0.01,
+    blocksize: int = 128,
+    keep: Bool[Tensor, "d_out d_in"] | None = None,
+) -> Float[Tensor, "d_out d_in"]:
+    """Prune a weight and compensate: every pruned weight's effect on the outputs is spread over the columns after it.
+
+    Args:
+        weight: [d_out, d_in]; not modified.
+        hessian: XᵀX over the calibration tokens, not damped, of any scale; not modified.
+        sparsity: 0.5, "50%", "2:4" or a pattern.
+        percdamp: fraction of the mean diagonal added to the diagonal.
+        blocksize: columns whose weights compete for survival (all rows × blocksize); the last block may be narrower.
+            For N:M each row's groups of M compete instead.
+        keep: a mask to use as it is, True where the weight survives; `sparsity` is then not consulted.
+
+    Returns:
+        A new weight of the same dtype, exactly `round(sparsity · size)` entries pruned in each block of columns.
+
+    Raises:
+        ValueError: wrong sparsity, shapes, percdamp or blocksize, or M does not divide d_in and blocksize.
+        NonFiniteError: the weight or the Hessian has NaN or infinite entries.
+        SingularHessianError: the damped Hessian is not positive definite.
+    Source: Frantar & Alistarh 2023, algorithm 1; the factor without an inverse is sparselab's own.
+    """
+    pattern = parse_sparsity(sparsity)
+    check_weight(weight)
+    check_hessian(weight, hessian)
+    return sweep(weight, factorise(hessian.to(_working_dtype(hessian)), percdamp), pattern, blocksize, keep)
+
+
+@full_precision()
+def sweep(
+    weight: Float[Tensor, "d_out d_in"],
+    factor: Factor,
+    pattern: Pattern,
+    blocksize: int = 128,
+    keep: Bool[Tensor, "d_out d_in"] | None = None,
+) -> Float[Tensor, "d_out d_in"]:
+    """The column sweep of SparseGPT on a factored Hessian; layers that share inputs share the factor.
+
+    With Δ = W − Ŵ on the columns done and H + λI = V Vᵀ, the compensated value of the next column is
+    w_q + (Δ_{<q} V_{<q,q}) / V_qq, and that of a whole block j is W_j + (Δ_{<j} V_{<j,j}) V_jj⁻¹. So no column is
+    updated before its turn: what the columns before it owe arrives as one matrix product for each block.
+
+    Args:
+        weight, pattern, blocksize, keep: see `sparsegpt`.
+        factor: from `factorise`.
+    """
+    _check_sweep(weight, pattern, blocksize, keep)
+    V, d_in = factor.V, weight.shape[1]
+    # Transposed, so that a column of W is contiguous.
+    W = weight.T.to(V.dtype).contiguous()
+    mask = torch.empty_like(W, dtype=torch.bool) if keep is None else keep.T.contiguous()
+    delta = torch.empty_like(W)
+    for start in range(0, d_in, blocksize):
+        stop = min(start + blocksize, d_in)
+        owed = V[:start, start:stop].T @ delta[:start]
+        if keep is None and not isinstance(pattern, NM):
+            scores = _scores(W, factor, owed, start, stop)
+            mask[start:stop] = keep_largest(scores.flatten(), pattern).view_as(scores)
+        _sweep_block(W, delta, mask, owed, factor, start, pattern if keep is None else None)
+    return (W - delta).T.to(weight.dtype).contiguous()
+
+
+def _sweep_block(
+    W: Float[Tensor, "d_in d_out"],
+    delta: Float[Tensor, "d_in d_out"],
+    mask: Bool[Tensor, "d_in d_out"],
+    owed: Float[Tensor, "width d_out"],
+    factor: Factor,
+    start: int,
+    choose: Pattern | None,
+) -> None:
+    """Fill `delta` (and for N:M `mask`) for the columns of one block; `owed` is Δ_{<start} V_{<start,block}."""
+    V, stop = factor.V, start + len(owed)
+    group = choose.group if isinstance(choose, NM) else 1
+    step = max(group, _COLUMNS_AT_ONCE // group * group)
+    for first in range(start, stop, step):
+        last = min(first + step, stop)
+        here = owed[first - start : last - start] + V[start:first, first:last].T @ delta[start:first]
+        for q in range(first, last):
+            if isinstance(choose, NM) and q % group == 0:
+                scores = _scores(W, factor, here[q - first : q - first + group], q, q + group)
+                mask[q : q + group] = keep_largest(scores.T, choose).T
+            correction = here[q - first] / V[q, q]
+            torch.where(mask[q], -correction, W[q], out=delta[q])
+            here[q - first + 1 :].addr_(V[q, q + 1 : last], delta[q])
+
+
+def _scores(
+    W: Float[Tensor, "d_in d_out"], factor: Factor, owed: Float[Tensor, "width d_out"], start: int, stop: int
+) -> Float[Tensor, "width d_out"]:
+    """w²/U_qq² = w²·V_qq² of the compensated columns start:stop, before any of them is pruned.
+
+    Source: Frantar & Alistarh 2023, equation 3, with the Hessian of the columns not yet done.
+    """
+    triangle = factor.V[start:stop, start:stop]
+    compensated = W[start:stop] + torch.linalg.solve_triangular(triangle.T, owed, upper=False)
+    scores: Tensor = (compensated * triangle.diagonal()[:, None]).square()
+    scores[factor.dead[start:stop]] = 0
+    return scores
+
+
+def sparsegpt_textbook(
+    weight: Float[Tensor, "d_out d_in"],
+    hessian: Float[Tensor, "d_in d_in"],
+    sparsity: float | str | Pattern,
+    percdamp: float = 0.01,
+    blocksize: int = 128,
+    keep: Bool[Tensor, "d_out d_in"] | None = None,
+) -> tuple[Float[Tensor, "d_out d_in"], Float[Tensor, "d_out d_in"]]:
+    """SparseGPT as the paper writes it: U = chol((H + λI)⁻¹), each column's error pushed onto the columns after it.
+
+    Slow and plain: for reading, teaching and testing. Arguments and errors are those of `sparsegpt`.
+
+    Returns:
+        The pruned weight, and the errors (w − ŵ)/U_qq of every weight when its turn came, whose squares sum to
+        tr((W−Ŵ)(H+λI)(W−Ŵ)ᵀ).
+    Source: Frantar & Alistarh 2023, algorithm 1.
+    """
+    pattern = parse_sparsity(sparsity)
+    check_weight(weight)
+    check_hessian(weight, hessian)
+    _check_sweep(weight, pattern, blocksize, keep)
+    H = damped(hessian.to(_working_dtype(hessian)), percdamp)
+    U = torch.linalg.cholesky(torch.linalg.inv(H), upper=True)
+    importance = torch.where(dead_columns(hessian), 0, 1 / U.diagonal())
+    W = weight.to(H.dtype, copy=True)
+    mask = torch.ones_like(W, dtype=torch.bool) if keep is None else keep
+    errors = torch.zeros_like(W)
+    group = pattern.group if isinstance(pattern, NM) else blocksize
+    for q in range(W.shape[1]):
+        if keep is None and q % group == 0:
+            scores = (W[:, q : q + group] * importance[q : q + group]).square()
+            # N:M competes within each row; unstructured over all rows, input by input where scores are equal.
+            chosen = scores if isinstance(pattern, NM) else scores.T.flatten()
+            kept = keep_largest(chosen, pattern)
+            mask[:, q : q + group] = kept if isinstance(pattern, NM) else kept.view(scores.T.shape).T
+        errors[:, q] = torch.where(mask[:, q], 0, W[:, q]) / U[q, q]
+        W[:, q:] -= torch.outer(errors[:, q], U[q, q:])
+        W[:, q].masked_fill_(~mask[:, q], 0)
+    return W.to(weight.dtype), errors
+
+
+def _check_sweep(
+    weight: Float[Tensor, "d_out d_in"], pattern: Pattern, blocksize: int, keep: Bool[Tensor, "..."] | None
+) -> None:
+    check_blocksize(blocksize)
+    if keep is None:
+        pattern.check(weight.shape[1], blocksize)
+    else:
+        check_keep(weight, keep)
+
+
+def _working_dtype(hessian: Float[Tensor, "..."]) -> torch.dtype:
+    """float32, or float64 where the Hessian is."""
+    return torch.promote_types(hessian.dtype, torch.float32)
