@@ -69,7 +69,7 @@ def _compare(options: argparse.Namespace) -> None:
     result = compare(model, tokenizer, config, options.model, folder)
     print("\n" + _table(result.runs) + "\n\n" + result.caption)
     drawn = {"perplexity.png": figures.sparsity_perplexity(result.runs, result.caption)}
-    pattern = config.sparsities[len(config.sparsities) // 2]
+    pattern = config.sparsities[(len(config.sparsities) - 1) // 2]
     drawn["layer_errors.png"] = figures.layer_errors(result.layers, pattern, result.caption)
     for name, figure in drawn.items():
         figure.savefig(folder / name, dpi=144)

@@ -5,14 +5,12 @@ import random
 import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 Split = Literal["train", "heldout"]
 Dataset = str | Path | Sequence[str]
@@ -90,7 +88,7 @@ def documents(dataset: Dataset, split: Split = "train") -> list[str]:
 
 
 def calibration_tokens(
-    tokenizer: "PreTrainedTokenizerBase",
+    tokenizer: PreTrainedTokenizerBase,
     dataset: Dataset = "stdlib",
     nsamples: int = 128,
     seqlen: int = 256,
@@ -118,7 +116,7 @@ def calibration_tokens(
 
 
 def evaluation_tokens(
-    tokenizer: "PreTrainedTokenizerBase",
+    tokenizer: PreTrainedTokenizerBase,
     dataset: Dataset = "stdlib",
     nsamples: int | None = None,
     seqlen: int = 256,
@@ -139,7 +137,7 @@ def evaluation_tokens(
     return _windows(tokenizer, dataset, "heldout", seqlen, needed)[:nsamples]
 
 
-def token_stream(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> Int[Tensor, " tokens"]:
+def token_stream(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Int[Tensor, " tokens"]:
     """All documents tokenised, one after another, as one row of token ids."""
     if not texts:
         return torch.empty(0, dtype=torch.long)
@@ -155,7 +153,7 @@ def describe(dataset: Dataset) -> str:
 
 
 def _windows(
-    tokenizer: "PreTrainedTokenizerBase", dataset: Dataset, split: Split, seqlen: int, needed: int
+    tokenizer: PreTrainedTokenizerBase, dataset: Dataset, split: Split, seqlen: int, needed: int
 ) -> Int[Tensor, "windows seqlen"]:
     _positive("seqlen", seqlen)
     stream = token_stream(tokenizer, documents(dataset, split))

@@ -3,20 +3,17 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparselab.errors import NonFiniteError
 from sparselab.models.blocks import Decoder, evaluating
 from sparselab.models.inputs import batches, check_tokens
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # Logits held at a time, in elements: 128 MiB in float32, whatever the size of the vocabulary.
 _LOGITS_AT_ONCE = 2**25
@@ -49,7 +46,7 @@ class Perplexity:
 
 
 def perplexity(
-    model: "PreTrainedModel",
+    model: PreTrainedModel,
     tokens: Int[Tensor, "windows seqlen"],
     batch_size: int | None = None,
     progress: bool = True,
@@ -85,9 +82,7 @@ def perplexity(
     return Perplexity(torch.cat(losses), tokens.shape[1])
 
 
-def bits_per_byte(
-    ppl: Perplexity, tokens: Int[Tensor, "windows seqlen"], tokenizer: "PreTrainedTokenizerBase"
-) -> float:
+def bits_per_byte(ppl: Perplexity, tokens: Int[Tensor, "windows seqlen"], tokenizer: PreTrainedTokenizerBase) -> float:
     """The same loss per byte of text, in bits: comparable between vocabularies, as perplexity is not."""
     predicted = sum(len(text.encode()) for text in tokenizer.batch_decode(tokens[:, 1:].tolist()))
     nats = ppl.nll.sum().item() * (ppl.seqlen - 1)

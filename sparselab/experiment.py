@@ -3,13 +3,13 @@
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparselab import corpora, files
 from sparselab.evaluation import Perplexity, perplexity
@@ -17,9 +17,6 @@ from sparselab.models.blocks import Decoder, evaluating, read_weight, write_weig
 from sparselab.models.inputs import batches
 from sparselab.pruning import METHODS, Report, collect, prune
 from sparselab.solvers import InputStatistics, parse_sparsity, relative_error
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # Passes of the blocks over the calibration windows that a whole run of a method costs, as measured on two CPU cores.
 _PASSES = {"magnitude": 0.05, "wanda": 2.1, "sparsegpt": 2.6}
@@ -54,8 +51,11 @@ class CompareConfig:
 
     def __post_init__(self) -> None:
         unknown = [method for method in self.methods if method not in METHODS]
-        if unknown or not self.methods or not self.sparsities:
-            raise ValueError(f"methods: expected some of {', '.join(METHODS)}, received {', '.join(unknown) or 'none'}")
+        if unknown or not self.methods:
+            received = ", ".join(unknown) or "none"
+            raise ValueError(f"methods: expected some of {', '.join(METHODS)}, received {received}")
+        if not self.sparsities:
+            raise ValueError("sparsities: expected at least one, received none")
         for sparsity in self.sparsities:
             parse_sparsity(sparsity)
         if self.dataset == self.eval_dataset != "stdlib":
@@ -117,8 +117,8 @@ class Comparison:
 
 
 def compare(
-    model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase",
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     config: CompareConfig | None = None,
     name: str = "model",
     out: Path | None = None,
@@ -176,7 +176,7 @@ def compare(
     return result
 
 
-def estimate_seconds(model: "PreTrainedModel", config: CompareConfig) -> float:
+def estimate_seconds(model: PreTrainedModel, config: CompareConfig) -> float:
     """About how long `compare` will take, from the speed of a few batches of the model's own blocks."""
     decoder = Decoder(model)
     tokens = torch.zeros(64, config.seqlen, dtype=torch.long)

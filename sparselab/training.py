@@ -8,22 +8,21 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 from tqdm.auto import tqdm
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sparselab import corpora
 from sparselab.errors import OutputError
 from sparselab.evaluation import Perplexity, bits_per_byte, perplexity
 from sparselab.models import load, quiet
-
-if TYPE_CHECKING:
-    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 _END = "<|endoftext|>"
 _CHECKPOINT = "checkpoint.pt"
@@ -107,7 +106,7 @@ def train(
     tokenizer = train_tokenizer(corpora.documents("stdlib", "train"), config)
     tokenizer.save_pretrained(folder)
     sources = _sources(tokenizer, config)
-    held_out = corpora.evaluation_tokens(tokenizer, "stdlib", seqlen=256)
+    held_out = corpora.evaluation_tokens(tokenizer, "stdlib", seqlen=min(256, config.seqlen))
     run = _Run(config, folder, torch.device(device), sources, held_out[:64])
     seconds = run.go(resume, compiled)
     _write_model(run.model, folder)
@@ -119,11 +118,8 @@ def train(
     return result
 
 
-def train_tokenizer(texts: Sequence[str], config: TrainConfig) -> "PreTrainedTokenizerFast":
+def train_tokenizer(texts: Sequence[str], config: TrainConfig) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer that puts one end-of-text token before each document."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-    from transformers import PreTrainedTokenizerFast
-
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -146,7 +142,7 @@ class _Run:
         config: TrainConfig,
         folder: Path,
         device: torch.device,
-        sources: list[Int[Tensor, " tokens"]],
+        sources: list[Int[Tensor, " _"]],
         held_out: Int[Tensor, "windows seqlen"],
     ) -> None:
         self.config, self.folder, self.device = config, folder, device
@@ -163,20 +159,16 @@ class _Run:
             self._restore()
         compute_loss = torch.compile(self._loss) if compiled else self._loss
         saved = started = time.monotonic()
-        before = self.seconds
-        with tqdm(total=self.config.steps, initial=self.step, desc="train", unit="step", smoothing=0.05) as bar:
+        first, before = self.step, self.seconds
+        with tqdm(total=self.config.steps, initial=first, desc="train", unit="step", smoothing=0.05) as bar:
             while self.step < self.config.steps:
                 loss = self._one_step(compute_loss)
                 self.step += 1
-                self.seconds = before + time.monotonic() - started
+                spent = time.monotonic() - started
+                self.seconds = before + spent
                 bar.update()
                 if self.step % 20 == 0:
-                    speed = (
-                        (self.step - (bar.initial or 0))
-                        * self.config.batch_size
-                        * self.config.seqlen
-                        / (self.seconds - before)
-                    )
+                    speed = (self.step - first) * self.config.batch_size * self.config.seqlen / spent
                     bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s")
                 if self.step % 500 == 0 or self.step == self.config.steps:
                     self._log(loss)
@@ -195,7 +187,7 @@ class _Run:
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return float(loss)
+        return float(loss.item())
 
     def _batch(self) -> Int[Tensor, "batch seqlen"]:
         # Drawn from the step's own seed, so that a resumed run sees the same windows.
@@ -247,7 +239,7 @@ def _prepared(folder: Path, resume: bool) -> Path:
     return folder
 
 
-def _sources(tokenizer: "PreTrainedTokenizerFast", config: TrainConfig) -> list[Int[Tensor, " tokens"]]:
+def _sources(tokenizer: PreTrainedTokenizerFast, config: TrainConfig) -> list[Int[Tensor, " _"]]:
     """Token streams to draw from: the standard library, and the packages if there are any."""
     texts = [corpora.documents("stdlib", "train")]
     if config.packages:
@@ -277,9 +269,7 @@ def _telling_lines(text: str) -> list[str]:
     return [line.strip() for line in text.splitlines() if len(line.strip()) >= 30]
 
 
-def _fresh_model(config: TrainConfig) -> "LlamaForCausalLM":
-    from transformers import LlamaConfig, LlamaForCausalLM
-
+def _fresh_model(config: TrainConfig) -> LlamaForCausalLM:
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=config.vocab_size,
@@ -295,7 +285,7 @@ def _fresh_model(config: TrainConfig) -> "LlamaForCausalLM":
     )
 
 
-def _optimizer(model: "LlamaForCausalLM", config: TrainConfig) -> torch.optim.AdamW:
+def _optimizer(model: LlamaForCausalLM, config: TrainConfig) -> torch.optim.AdamW:
     matrices = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
     gains = [parameter for parameter in model.parameters() if parameter.ndim < 2]
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": gains, "weight_decay": 0.0}]
@@ -306,7 +296,7 @@ def _autocast(device: torch.device) -> AbstractContextManager[Any]:
     return torch.autocast(device.type, torch.bfloat16) if device.type in ("cpu", "cuda") else nullcontext()
 
 
-def _write_model(model: "LlamaForCausalLM", folder: Path) -> None:
+def _write_model(model: LlamaForCausalLM, folder: Path) -> None:
     """Weights in bfloat16, to be computed with in float32: half the bytes, and arithmetic to trust."""
     with quiet():
         model.bfloat16().save_pretrained(folder)
@@ -321,7 +311,12 @@ def _plain(config: TrainConfig) -> dict[str, Any]:
 
 
 def _card(
-    config: TrainConfig, result: Perplexity, bpb: float, seconds: float, sources: list[Tensor], parameters: int
+    config: TrainConfig,
+    result: Perplexity,
+    bpb: float,
+    seconds: float,
+    sources: list[Int[Tensor, " _"]],
+    parameters: int,
 ) -> str:
     sizes = " and ".join(f"{len(source) / 1e6:.1f}M" for source in sources)
     return f"""# tiny

@@ -35,7 +35,8 @@ class Decoder:
         model: any `transformers` causal language model whose blocks are one `nn.ModuleList`.
 
     Raises:
-        UnsupportedModelError: no such list is found.
+        TypeError: not a `transformers` model.
+        UnsupportedModelError: no such list is found, or no head after it.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -168,6 +169,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"model: expected a transformers model, received {type(model).__name__}")
     config = model.config.get_text_config()
     wanted = getattr(config, "num_hidden_layers", None)
     found = [
@@ -175,10 +178,10 @@ def _find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) == wanted and find_linears(module)
     ]
-    if getattr(config, "is_encoder_decoder", False) or not found:
+    if getattr(config, "is_encoder_decoder", False) or model.get_output_embeddings() is None or not found:
         raise UnsupportedModelError(
-            f"{type(model).__name__}: expected a decoder-only model with its {wanted} blocks in one nn.ModuleList of "
-            "layers with linears, found none; see README.md for the families that work"
+            f"{type(model).__name__}: expected a causal language model whose {wanted} decoder blocks are one "
+            "nn.ModuleList of modules with linear layers, and a head; found no such thing"
         )
     return max(found, key=lambda item: sum(parameter.numel() for parameter in item[1].parameters()))
 

@@ -22,7 +22,7 @@ def as_windows(calib_data: Any) -> Int[Tensor, "n seqlen"]:
             reference repository has them.
 
     Raises:
-        ValueError: there are no windows, or they are not of one length.
+        ValueError: there are no windows, they are not of one length, or not of whole numbers.
         TypeError: an element is none of these.
     """
     if isinstance(calib_data, Tensor):
@@ -37,15 +37,15 @@ def as_windows(calib_data: Any) -> Int[Tensor, "n seqlen"]:
     lengths = sorted({row.shape[-1] for row in rows})
     if len(lengths) > 1 or any(row.ndim != 2 for row in rows):
         raise ValueError(f"calibration data: expected windows of one length, received lengths {lengths}")
-    return torch.cat(rows)
+    windows = torch.cat(rows)
+    if windows.is_floating_point() or windows.dtype == torch.bool:
+        raise ValueError(f"calibration data: expected whole numbers, received {windows.dtype}")
+    return windows.long()
 
 
 def check_tokens(decoder: Decoder, tokens: Any) -> Int[Tensor, "n seqlen"]:
     """Token windows that the model can take, or a `ValueError` that says why not."""
     windows = as_windows(tokens)
-    if windows.is_floating_point() or windows.dtype == torch.bool:
-        raise ValueError(f"tokens: expected whole numbers, received {windows.dtype}")
-    windows = windows.long()
     low, high = int(windows.min()), int(windows.max())
     if low < 0 or high >= decoder.vocab_size:
         raise ValueError(

@@ -3,23 +3,20 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from sparselab.errors import ModelLoadError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def load(
     name: str | Path, device: str | torch.device | None = None, dtype: str | torch.dtype = "auto"
-) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Open a model for pruning or evaluation, in evaluation mode.
 
     Args:

@@ -80,11 +80,8 @@ def parse_sparsity(sparsity: "float | str | Pattern") -> Pattern:
     if isinstance(sparsity, str):
         if found := re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", sparsity):
             return NM(int(found[1]), int(found[2]))
-        if found := re.fullmatch(r"\s*([-+.\de]+)\s*(%?)\s*", sparsity):
-            try:
-                return Unstructured(float(found[1]) / (100 if found[2] else 1))
-            except ValueError as error:
-                raise ValueError(f"sparsity {sparsity!r}: {error}") from error
+        if found := re.fullmatch(r"\s*(-?\d*\.?\d+(?:e-?\d+)?)\s*(%?)\s*", sparsity):
+            return Unstructured(float(found[1]) / (100 if found[2] else 1))
     raise ValueError(f"sparsity: expected a fraction (0.5), a percentage ('50%') or N:M ('2:4'), received {sparsity!r}")
 
 

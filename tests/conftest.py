@@ -1,0 +1,97 @@
+"""Small models, a small tokenizer, and shapes checked at run time in everything that handles tensors."""
+
+import os
+
+from jaxtyping import config, install_import_hook
+
+_CHECKED = ("solvers", "models", "corpora", "evaluation", "memory", "pruning", "pruners", "experiment", "training")
+install_import_hook([f"sparselab.{name}" for name in _CHECKED], "runtime_types.check")
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TQDM_DISABLE"] = "1"
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, PreTrainedModel
+
+import sparselab
+from sparselab.training import TrainConfig, train_tokenizer
+
+TEXTS = [f"def f{i}(x):\n    return x * {i} + {i * i}\n\n\nclass C{i}:\n    value = {i}\n" * 3 for i in range(60)]
+
+
+def tiny_llama(**changes) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    shape = {
+        "vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
+    }  # fmt: skip
+    return LlamaForCausalLM(LlamaConfig(**shape | changes)).eval()
+
+
+def tiny_opt(**changes) -> OPTForCausalLM:
+    torch.manual_seed(0)
+    shape = {
+        "vocab_size": 300, "hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+        "max_position_embeddings": 64, "word_embed_proj_dim": 32,
+    }  # fmt: skip
+    return OPTForCausalLM(OPTConfig(**shape | changes)).eval()
+
+
+FAMILIES = {
+    "llama": tiny_llama,
+    "opt": tiny_opt,
+    "opt-projected": lambda: tiny_opt(word_embed_proj_dim=16, do_layer_norm_before=False),
+}
+
+
+def pytest_collection_modifyitems(items):
+    """Skip, with the reason, what this machine cannot run."""
+    cannot = {"gpu": not torch.cuda.is_available(), "network": os.environ["HF_HUB_OFFLINE"] == "1"}
+    for item in items:
+        for name, lacking in cannot.items():
+            if lacking and item.get_closest_marker(name):
+                item.add_marker(pytest.mark.skip(reason=f"needs a {name}"))
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request):
+    """Makes the same model anew at every call."""
+    return FAMILIES[request.param]
+
+
+@pytest.fixture
+def model(family) -> PreTrainedModel:
+    return family()
+
+
+@pytest.fixture
+def llama() -> LlamaForCausalLM:
+    return tiny_llama()
+
+
+@pytest.fixture
+def tokens() -> torch.Tensor:
+    return torch.randint(0, 300, (10, 24), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return train_tokenizer(TEXTS, TrainConfig(vocab_size=300))
+
+
+@pytest.fixture(scope="session")
+def bundled():
+    """The bundled model, its tokenizer and its windows; tests put back what they change."""
+    model, tokenizer = sparselab.load("tiny", device="cpu")
+    calib = sparselab.calibration_tokens(tokenizer, nsamples=64)
+    held_out = sparselab.evaluation_tokens(tokenizer, nsamples=200)
+    return model, tokenizer, calib, held_out
+
+
+@pytest.fixture
+def untyped():
+    """No run-time types inside: what a user sees who passes something wrong."""
+    config.update("jaxtyping_disable", True)
+    yield
+    config.update("jaxtyping_disable", False)

@@ -1,0 +1,86 @@
+import json
+import os
+
+import pytest
+import torch
+from conftest import tiny_llama
+from safetensors.torch import load_file, save_file
+
+import sparselab
+from sparselab.errors import ModelLoadError
+from sparselab.models.loading import tiny_folder
+
+
+@pytest.fixture
+def folder(tmp_path, tokenizer):
+    tiny_llama().save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_folder_in_and_out(folder, tokens):
+    model, tokenizer = sparselab.load(folder, device="cpu")
+    with torch.no_grad():
+        assert torch.equal(model(tokens).logits, tiny_llama()(tokens).logits)
+    assert tokenizer("def f")["input_ids"][0] == tokenizer.bos_token_id
+    assert not model.training
+    assert sparselab.load(str(folder), dtype="bfloat16")[0].dtype == torch.bfloat16
+
+
+def test_the_bundled_model(bundled, capfd):
+    model, tokenizer, *_ = bundled
+    assert model.dtype == torch.float32
+    assert 4e6 < model.num_parameters() < 8e6
+    assert sum(file.stat().st_size for file in tiny_folder().iterdir()) < 16e6
+    assert load_file(tiny_folder() / "model.safetensors")["lm_head.weight"].dtype == torch.bfloat16
+    text = "import os\n\n\ndef main(λ):\n\treturn os.getcwd()\n"
+    assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True) == text
+    sparselab.load("tiny")
+    assert capfd.readouterr() == ("", "")
+
+
+def edit_config(folder, **changes):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+
+
+def drop_a_weight(folder):
+    kept = load_file(folder / "model.safetensors")
+    del kept["model.layers.1.mlp.up_proj.weight"]
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def truncate_weights(folder):
+    os.truncate(folder / "model.safetensors", (folder / "model.safetensors").stat().st_size // 2)
+
+
+def drop(folder, pattern):
+    for file in folder.glob(pattern):
+        file.unlink()
+
+
+DAMAGES = {
+    "empty folder": lambda folder: drop(folder, "*"),
+    "no config": lambda folder: drop(folder, "config.json"),
+    "config not json": lambda folder: (folder / "config.json").write_text("{"),
+    "unknown architecture": lambda folder: edit_config(folder, model_type="abacus"),
+    "weights of another shape": lambda folder: edit_config(folder, intermediate_size=64),
+    "no weights": lambda folder: drop(folder, "*.safetensors"),
+    "truncated weights": truncate_weights,
+    "a weight missing": drop_a_weight,
+    "no tokenizer": lambda folder: drop(folder, "token*"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_damaged_folders_are_named(folder, damage):
+    damage(folder)
+    with pytest.raises(ModelLoadError) as caught:
+        sparselab.load(folder)
+    assert str(folder) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_name_that_is_nothing():
+    with pytest.raises(ModelLoadError, match=r"no/such-model: expected 'tiny', a model folder or a hub id"):
+        sparselab.load("no/such-model")

@@ -1,0 +1,206 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from layers import SAME_ERROR, layer, oracle
+
+from sparselab.errors import NonFiniteError, SingularHessianError
+from sparselab.solvers import (
+    Unstructured,
+    damped,
+    factorise,
+    layer_error,
+    magnitude,
+    realised_sparsity,
+    reconstruct,
+    relative_error,
+    sparsegpt,
+    sparsegpt_textbook,
+    sweep,
+    wanda,
+)
+
+SHAPES = {"square": (40, 40), "tall": (90, 24), "wide": (12, 72), "one row": (1, 30), "one column": (9, 1)}
+PATTERNS = ["50%", "70%", "2:4", "1:4", "3:6", "0.01"]
+
+
+@pytest.mark.parametrize("percdamp", [0.0, 0.01, 1.0])
+@pytest.mark.parametrize(
+    ("shape", "sparsity"),
+    [
+        pytest.param(shape, sparsity, id=f"{name} {sparsity}")
+        for name, shape in SHAPES.items()
+        for sparsity in PATTERNS
+        if ":" not in sparsity or shape[1] % int(sparsity[-1]) == 0
+    ],
+)
+def test_fast_textbook_and_oracle_agree(shape, sparsity, percdamp):
+    group = int(sparsity[-1]) if ":" in sparsity else 1
+    W, _, H = layer(*shape)
+    blocksize = 4 * group if group > 1 else 16  # narrower than d_in, and ragged for some
+    expected = oracle(W, H, sparsity, percdamp, blocksize)
+    torch.testing.assert_close(sparsegpt(W, H, sparsity, percdamp, blocksize), expected, rtol=1e-7, atol=1e-9)
+    textbook, errors = sparsegpt_textbook(W, H, sparsity, percdamp, blocksize)
+    torch.testing.assert_close(textbook, expected, rtol=1e-7, atol=1e-9)
+    # The published code's losses: Σ((w−ŵ)/U_qq)² is the layer error under the damped Hessian.
+    loss = layer_error(W, textbook, damped(H, percdamp))
+    assert float(errors.square().sum()) == pytest.approx(loss, rel=1e-8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(512, 512), (1024, 256), (256, 1024)], ids=["square", "tall", "wide"])
+@pytest.mark.parametrize("sparsity", ["50%", "2:4"])
+def test_float32_layer_errors_equal_the_textbook_sweeps(shape, sparsity):
+    W, _, H = layer(*shape)
+    fast = relative_error(W, sparsegpt(W.float(), H.float(), sparsity).double(), H)
+    exact = relative_error(W, sparsegpt_textbook(W, H, sparsity)[0], H)
+    assert fast == pytest.approx(exact, rel=SAME_ERROR)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    d_out=st.integers(1, 6), d_in=st.integers(1, 40), tokens=st.integers(1, 60), blocksize=st.integers(1, 50),
+    sparsity=st.floats(0, 1), zeros=st.floats(0, 1), dead=st.floats(0, 0.5), seed=st.integers(0, 10_000),
+)  # fmt: skip
+def test_exact_counts_whatever_the_layer(d_out, d_in, tokens, blocksize, sparsity, zeros, dead, seed):
+    """Ties, zeros, dead inputs, fewer tokens than inputs, one row, one column, ragged blocks."""
+    W, X, _ = layer(d_out, d_in, seed, tokens)
+    draw = torch.Generator().manual_seed(seed)
+    X = X * (torch.rand(d_in, generator=draw) >= dead)
+    W = torch.where(torch.rand(W.shape, generator=draw) < zeros, torch.zeros(()), W.round().clamp(-1, 1) + 0.5).double()
+    H = (X.T @ X).float()
+    before = W.clone(), H.clone()
+    full = W == 0
+    P = sparsegpt(W.float(), H, sparsity, percdamp=0.1, blocksize=blocksize)
+    assert torch.equal(W, before[0])
+    assert torch.equal(H, before[1])
+    for start in range(0, d_in, blocksize):
+        stop = min(start + blocksize, d_in)
+        count = round(sparsity * d_out * (stop - start))
+        pruned = int((P[:, start:stop] == 0).sum())
+        # A kept weight may happen to be zero, and only where it was: compensation moves the others.
+        assert count <= pruned <= count + int(full[:, start:stop].sum())
+
+
+@given(st.integers(1, 8), st.sampled_from([(1, 2), (2, 4), (1, 4), (4, 8), (3, 5)]), st.integers(0, 100))
+@settings(max_examples=30, deadline=None)
+def test_n_m_holds_in_every_group(d_out, counts, seed):
+    kept, group = counts
+    W, _, H = layer(d_out, 4 * group, seed)
+    P = sparsegpt(W, H, f"{kept}:{group}", blocksize=2 * group)
+    assert torch.equal((P.view(d_out, 4, group) != 0).sum(-1), torch.full((d_out, 4), kept))
+
+
+def test_zero_changes_nothing_and_one_leaves_nothing():
+    W, _, H = layer(7, 30)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert torch.equal(sparsegpt(W.to(dtype), H.float(), 0), W.to(dtype))
+        assert not sparsegpt(W.to(dtype), H.float(), 1).any()
+    W, _, H = layer(7, 28)
+    assert torch.equal(sparsegpt(W, H, "4:4"), W)
+    assert not sparsegpt(W, H, "0:4").any()
+
+
+@pytest.mark.parametrize("blocksize", [1, 7, 32, 33, 128])
+def test_blocksize_changes_nothing_for_a_fixed_mask(blocksize):
+    W, _, H = layer(20, 70)
+    keep = torch.rand(20, 70, generator=torch.Generator().manual_seed(3)) > 0.6
+    expected = oracle(W, H, 0.5, keep=keep.clone())
+    given_mask = sparsegpt(W, H, 0.5, blocksize=blocksize, keep=keep)
+    torch.testing.assert_close(given_mask, expected, rtol=1e-8, atol=1e-10)
+    assert torch.equal(given_mask != 0, keep)
+
+
+def test_its_own_mask_given_back_gives_the_same_weights():
+    W, _, H = layer(16, 64)
+    P = sparsegpt(W, H, "2:4")
+    torch.testing.assert_close(sparsegpt(W, H, 0.9, keep=P != 0), P)
+
+
+def test_the_scale_of_the_hessian_does_not_matter():
+    W, _, H = layer(16, 64)
+    torch.testing.assert_close(sparsegpt(W, 1000 * H, 0.5), sparsegpt(W, H, 0.5))
+
+
+def test_better_than_wanda_better_than_magnitude_and_above_the_optimum():
+    W, _, H = layer(64, 96)
+    scale = torch.linspace(0.1, 3, 96, dtype=torch.float64)
+    H = H * scale[:, None] * scale
+    ours = sparsegpt(W, H, 0.6)
+    errors = [relative_error(W, P, H) for P in (ours, wanda(W, H.diagonal().sqrt(), 0.6), magnitude(W, 0.6))]
+    assert errors == sorted(errors)
+    assert relative_error(W, reconstruct(W, H, ours != 0), H) < errors[0]
+
+
+def test_dead_inputs_go_first_and_harm_nobody():
+    W, X, _ = layer(10, 40)
+    X[:, [3, 17, 31]] = 0
+    H = X.T @ X
+    P = sparsegpt(W, H, 3 / 40)
+    assert not P[:, [3, 17, 31]].any()
+    alive = [j for j in range(40) if j not in (3, 17, 31)]
+    assert torch.equal(P[:, alive], W[:, alive]), "nothing had to be compensated"
+    assert torch.equal(oracle(W, H, "50%", blocksize=16) == 0, sparsegpt(W, H, "50%", blocksize=16) == 0)
+
+
+def test_no_information_at_all():
+    W = torch.randn(5, 8)
+    P = sparsegpt(W, torch.zeros(8, 8), 0.5)
+    assert realised_sparsity(P) == 0.5
+    assert torch.equal(P[P != 0], W[P != 0])
+
+
+def test_layers_that_share_inputs_share_the_factor():
+    W, _, H = layer(12, 32)
+    factor = factorise(H, 0.01)
+    for rows in (W[:5], W[5:]):
+        torch.testing.assert_close(sweep(rows, factor, Unstructured(0.5)), sparsegpt(rows, H, 0.5))
+
+
+def test_repeats_bit_for_bit():
+    W, _, H = layer(64, 160)
+    assert torch.equal(sparsegpt(W.float(), H.float(), 0.5), sparsegpt(W.float(), H.float(), 0.5))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sparsity", ["50%", "2:4"])
+def test_gpu_gives_the_cpus_layer_error(sparsity):
+    W, _, H = layer(256, 256)
+    on_gpu = sparsegpt(W.float().cuda(), H.float().cuda(), sparsity).cpu().double()
+    assert relative_error(W, on_gpu, H) == pytest.approx(
+        relative_error(W, sparsegpt(W, H, sparsity), H), rel=SAME_ERROR
+    )
+
+
+@pytest.mark.parametrize("solver", [sparsegpt, sparsegpt_textbook])
+@pytest.mark.usefixtures("untyped")
+def test_bad_arguments(solver):
+    W, _, H = layer(4, 8)
+    for wrong in (-0.1, 1.5, math.nan, "most"):
+        with pytest.raises(ValueError, match="expected"):
+            solver(W, H, wrong)
+    for percdamp in (-1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match="percdamp"):
+            solver(W, H, 0.5, percdamp)
+    with pytest.raises(ValueError, match="M must divide d_in"):
+        solver(W, H, "2:3", blocksize=6)
+    with pytest.raises(ValueError, match="M must divide blocksize"):
+        solver(W, H, "2:4", blocksize=6)
+    with pytest.raises(ValueError, match="blocksize"):
+        solver(W, H, 0.5, blocksize=0)
+    with pytest.raises(ValueError, match=r"hessian: expected shape \(8, 8\)"):
+        solver(W, H[:7, :7], 0.5)
+    with pytest.raises(ValueError, match=r"keep: expected a mask of shape \(4, 8\)"):
+        solver(W, H, 0.5, keep=torch.ones(8, 4, dtype=torch.bool))
+    damaged = W.clone()
+    damaged[0, 0] = math.nan
+    with pytest.raises(NonFiniteError):
+        solver(damaged, H, 0.5)
+
+
+def test_too_few_tokens_without_damping_is_an_error():
+    W, _, H = layer(4, 30, tokens=5)
+    with pytest.raises(SingularHessianError, match="30 inputs is not positive definite with percdamp 0"):
+        sparsegpt(W.float(), H.float() - 1e-3 * torch.eye(30), 0.5, percdamp=0.0)

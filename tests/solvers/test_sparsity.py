@@ -1,0 +1,79 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sparselab.solvers import NM, Unstructured, keep_largest, parse_sparsity, pattern_from_counts, realised_sparsity
+
+
+@pytest.mark.parametrize(
+    ("text", "pattern"),
+    [
+        (0.5, Unstructured(0.5)), (0, Unstructured(0.0)), (1, Unstructured(1.0)), ("0.5", Unstructured(0.5)),
+        ("50%", Unstructured(0.5)), (" 62.5 % ", Unstructured(0.625)), ("2:4", NM(2, 4)), ("1:4", NM(1, 4)),
+        (NM(4, 8), NM(4, 8)), ("1e-1", Unstructured(0.1)),
+    ],
+)  # fmt: skip
+def test_parse(text, pattern):
+    assert parse_sparsity(text) == pattern
+
+
+@pytest.mark.parametrize(
+    "text", ["", "half", "5:4", "2:0", -0.1, 1.1, math.nan, "150%", "nan", True, None, "1e", "2:4:8"]
+)
+@pytest.mark.usefixtures("untyped")
+def test_parse_refuses(text):
+    with pytest.raises(ValueError, match=r"expected"):
+        parse_sparsity(text)
+
+
+@pytest.mark.parametrize("text", ["50%", "62.5%", "2:4", "0%", "100%"])
+def test_patterns_print_as_they_are_written(text):
+    assert str(parse_sparsity(text)) == text
+    assert parse_sparsity(str(parse_sparsity(text))) == parse_sparsity(text)
+
+
+def test_n_m_counts_the_kept_and_prunen_the_pruned():
+    assert NM(1, 4).fraction == 0.75
+    assert pattern_from_counts(0.5, 3, 4) == NM(1, 4)
+    assert pattern_from_counts(0.5, 2, 4) == NM(2, 4)
+    assert pattern_from_counts(0.3, 0, 0) == Unstructured(0.3)
+    for wrong in [(1, 0), (0, 4), (5, 4), (-1, 4)]:
+        with pytest.raises(ValueError, match="prunem"):
+            pattern_from_counts(0.5, *wrong)
+
+
+def in_order(scores: list[float], count: int) -> set[int]:
+    return set(sorted(range(len(scores)), key=lambda k: (scores[k], k))[:count])
+
+
+@given(st.lists(st.lists(st.integers(0, 3), min_size=12, max_size=12), min_size=1, max_size=4), st.floats(0, 1))
+def test_exact_count_in_every_group_and_earliest_of_equals_first(rows, fraction):
+    scores = torch.tensor(rows, dtype=torch.float32)
+    keep = keep_largest(scores, Unstructured(fraction))
+    for row, kept in zip(rows, keep.tolist(), strict=True):
+        assert {k for k in range(12) if not kept[k]} == in_order(row, round(fraction * 12))
+
+
+@given(
+    st.lists(st.integers(0, 2), min_size=12, max_size=12),
+    st.sampled_from([(0, 4), (1, 4), (2, 4), (4, 4), (2, 3), (5, 6)]),
+)
+def test_n_m_keeps_exactly_n_of_every_m(row, counts):
+    kept, group = counts
+    keep = keep_largest(torch.tensor([row], dtype=torch.float32), NM(kept, group))[0].tolist()
+    for start in range(0, 12, group):
+        pruned = {k for k in range(group) if not keep[start + k]}
+        assert pruned == in_order(row[start : start + group], group - kept)
+
+
+def test_m_must_divide():
+    with pytest.raises(ValueError, match=r"2:4: M must divide d_in, received d_in 6"):
+        keep_largest(torch.ones(3, 6), NM(2, 4))
+
+
+def test_realised_sparsity_counts_zeros_of_either_sign():
+    assert realised_sparsity(torch.tensor([0.0, -0.0, 1.0, 2.0])) == 0.5
+    assert math.isnan(realised_sparsity(torch.empty(0)))

@@ -1,0 +1,202 @@
+import json
+import math
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+import torch
+from conftest import TEXTS, tiny_llama
+from transformers import AutoModelForCausalLM
+
+from sparselab.cli import main
+from sparselab.solvers import realised_sparsity
+
+SMALL = ["--nsamples", "4", "--seqlen", "16"]
+
+
+@pytest.fixture
+def folder(tmp_path, tokenizer):
+    tiny_llama().save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def text(tmp_path):
+    (tmp_path / "text.txt").write_text("".join(TEXTS))
+    return str(tmp_path / "text.txt")
+
+
+def fails(capsys, arguments, code) -> str:
+    """Run, expect the exit code and one line of complaint, and return that line."""
+    try:
+        got = main([str(argument) for argument in arguments])
+    except SystemExit as left:
+        got = left.code
+    out, err = capsys.readouterr()
+    assert got == code, err
+    assert out == ""
+    assert "Traceback" not in err
+    lines = [line for line in err.splitlines() if "error:" in line]
+    assert len(lines) == 1, err
+    bars = [line for line in err.splitlines() if "%|" in line or not line]
+    assert code == 2 or len(err.splitlines()) == len(lines + bars), err
+    return lines[0]
+
+
+@pytest.mark.parametrize("method", ["sparsegpt", "wanda", "magnitude"])
+def test_prune_writes_a_checkpoint_that_opens(folder, text, tmp_path, capsys, method):
+    out = tmp_path / "out"
+    assert (
+        main(
+            [
+                "prune",
+                str(folder),
+                "--out",
+                str(out),
+                "--method",
+                method,
+                "--sparsity",
+                "2:4",
+                "--dataset",
+                text,
+                *SMALL,
+            ]
+        )
+        == 0
+    )
+    printed = capsys.readouterr().out
+    assert f"pruned by {method}: 50.00% zeros in 21 layers" in printed
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert realised_sparsity(model.model.layers[1].mlp.up_proj.weight) == 0.5
+    assert realised_sparsity(model.lm_head.weight) == 0
+    assert len(pd.read_csv(out / "report.csv")) == 21
+    stamp = json.loads((out / "sparselab.json").read_text())
+    assert stamp["settings"]["sparsity"] == "2:4"
+    assert stamp["settings"]["seed"] == 0
+    assert main(["eval", str(out), "--dataset", text, "--seqlen", "16", "--nsamples", "5"]) == 0
+    assert "bits per byte (5 windows of 16 tokens of text.txt)" in capsys.readouterr().out
+
+
+def test_compare_writes_tables_and_figures(folder, text, tmp_path, capsys):
+    arguments = ["compare", str(folder), "--out", str(tmp_path / "out"), "--dataset", text, "--sparsity", "50%", "2:4"]
+    arguments += ["--methods", "magnitude", "sparsegpt", "--eval-nsamples", "5", *SMALL]
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("4 pruned models to make and to measure: about ")
+    for words in (
+        "method",
+        "± ",
+        "peak MB",
+        "dense",
+        "magnitude",
+        "2:4",
+        "calibrated on 4 × 16 tokens of text.txt (seed 0)",
+    ):
+        assert words in printed
+    assert "nan" not in printed
+    written = {file.name for file in (tmp_path / "out").iterdir()}
+    assert written == {"runs.csv", "layers.csv", "sparselab.json", "perplexity.png", "layer_errors.png"}
+    assert fails(capsys, arguments, 1).endswith("pass --overwrite or another --out")
+    assert main([*arguments, "--overwrite"]) == 0
+
+
+def test_train_and_resume(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sparselab.corpora.documents", lambda _, split="train": TEXTS)
+    shape = (
+        "--vocab-size 280 --hidden-size 16 --intermediate-size 24 --blocks 1 --heads 2 --seqlen 32 --steps 2 --packages"
+    )
+    arguments = ["train", "--out", str(tmp_path / "m"), *shape.split()]
+    assert main(arguments) == 0
+    assert "held-out perplexity" in capsys.readouterr().out
+    assert main([*arguments, "--resume"]) == 0
+    assert main(arguments) == 1
+    assert "pass --resume to go on" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["prune", "FOLDER", "--out", "OUT", "--method", "obs"], "expected one of magnitude, wanda, sparsegpt, received 'obs'"),
+        (["prune", "FOLDER", "--out", "OUT", "--sparsity", "1.5"], "expected a fraction from 0 to 1, received 1.5"),
+        (["prune", "FOLDER", "--out", "OUT", "--sparsity", "4:2"], "4:2"),
+        (["prune", "FOLDER", "--out", "OUT", "--sparsity=nan"], "expected a fraction"),
+        (["prune", "FOLDER"], "--out"),
+        (["prune", "--out", "OUT"], "model"),
+        (["shrink"], "shrink"),
+        ([], "COMMAND"),
+        (["eval", "FOLDER", "--nsamples", "many"], "invalid int value: 'many'"),
+    ],
+)  # fmt: skip
+def test_wrong_usage_is_2(folder, tmp_path, capsys, arguments, message):
+    given = [{"FOLDER": folder, "OUT": tmp_path / "out"}.get(argument, argument) for argument in arguments]
+    assert message in fails(capsys, given, 2)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--sparsity", "2:3"], "pattern 2:3: M must divide d_in, received d_in 32"),
+        (["--sparsity", "2:4", "--blocksize", "6"], "M must divide blocksize"),
+        (["--percdamp", "-1"], "percdamp: expected a finite number"),
+        (["--percdamp", "nan"], "percdamp: expected a finite number"),
+        (["--nsamples", "0"], "nsamples: expected at least 1, received 0"),
+        (["--nsamples", "100000"], "too little text in text.txt: 100000 windows"),
+        (["--seqlen", "65"], "64 positions, received windows of 65"),
+        (["--dataset", "nowhere.txt"], "dataset 'nowhere.txt': expected 'stdlib', an existing text file"),
+        (["--device", "abacus"], "abacus"),
+        (["--batch-size", "0"], "batch_size"),
+    ],
+)
+def test_failures_are_1_and_write_nothing(folder, text, tmp_path, capsys, arguments, message):
+    out = tmp_path / "deep" / "out"
+    given = ["prune", folder, "--out", out, "--dataset", text, *SMALL, *arguments]
+    assert message in fails(capsys, given, 1)
+    assert list((tmp_path / "deep").iterdir()) == []
+
+
+def test_bad_models_are_1(folder, tmp_path, capsys, text):
+    for name in (tmp_path / "none", "no/such", tmp_path):
+        assert str(name) in fails(capsys, ["eval", name], 1)
+    model = tiny_llama()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = math.nan
+    model.save_pretrained(folder)
+    message = fails(capsys, ["prune", folder, "--out", tmp_path / "out", "--dataset", text, *SMALL], 1)
+    assert "model.layers.1.mlp.up_proj: the weight has NaN" in message
+    message = fails(capsys, ["eval", folder, "--dataset", text, "--seqlen", "16"], 1)
+    assert "that of model.layers.1;" in message
+
+
+def test_debug_shows_the_traceback(tmp_path):
+    from sparselab.errors import ModelLoadError
+
+    with pytest.raises(ModelLoadError):
+        main(["eval", str(tmp_path), "--debug"])
+
+
+def test_tokens_of_another_vocabulary(tmp_path, tokenizer, capsys, text):
+    tiny_llama(vocab_size=64).save_pretrained(tmp_path / "m")
+    tokenizer.save_pretrained(tmp_path / "m")
+    assert "ids from 0 to 63" in fails(capsys, ["eval", tmp_path / "m", "--dataset", text, "--seqlen", "16"], 1)
+
+
+@pytest.mark.parametrize("command", ["", "compare", "prune", "eval", "train"])
+def test_help_is_one_screen_with_an_example(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit) as left:
+        main([*command.split(), "--help"])
+    out = capsys.readouterr().out
+    assert left.value.code == 0
+    assert len(out.splitlines()) <= 45
+    assert command == "" or "example: sparselab " + command in out
+
+
+def test_help_is_quick_and_the_module_runs():
+    code = "import sys\nfrom sparselab.cli import main\ntry: main(['-h'])\nexcept SystemExit: print('torch' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.endswith("False\n")
+    done = subprocess.run([sys.executable, "-m", "sparselab", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("sparselab 0.")
