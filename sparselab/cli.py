@@ -10,8 +10,6 @@ from sparselab import __version__
 from sparselab.errors import SparselabError
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from sparselab.solvers import Pattern
 
 
@@ -67,7 +65,7 @@ def _compare(options: argparse.Namespace) -> None:
     print(f"{runs} pruned models to make and to measure: about {minutes:.1f} minutes on this machine.", flush=True)
     folder = files.prepare_output(options.out, options.overwrite)
     result = compare(model, tokenizer, config, options.model, folder)
-    print("\n" + _table(result.runs) + "\n\n" + result.caption)
+    print("\n" + result.table.to_string(index=False) + "\n\n" + result.caption)
     drawn = {"perplexity.png": figures.sparsity_perplexity(result.runs, result.caption)}
     pattern = config.sparsities[(len(config.sparsities) - 1) // 2]
     drawn["layer_errors.png"] = figures.layer_errors(result.layers, pattern, result.caption)
@@ -135,23 +133,6 @@ def _train(options: argparse.Namespace) -> None:
     )
     result = train(options.out, config, options.resume, options.compile, options.device or "cpu")
     print(f"held-out perplexity {result}; written to {options.out}")
-
-
-def _table(runs: "pd.DataFrame") -> str:
-    """The table of a comparison as text: numbers rounded, nothing where nothing was measured."""
-    import pandas as pd
-
-    shown = {
-        "method": runs.method,
-        "pattern": runs.pattern,
-        "sparsity": runs.sparsity.map("{:.2%}".format),
-        "perplexity": [f"{ppl:.2f} ± {stderr:.2f}" for ppl, stderr in zip(runs.perplexity, runs.stderr, strict=True)],
-        "vs dense": runs.ratio.map("{:.3f}".format),
-        "layer error": runs.relative_error.map("{:.4f}".format),
-        "seconds": runs.seconds.map("{:.2f}".format),
-        "peak MB": runs.peak_memory_mb.map("{:.0f}".format),
-    }
-    return pd.DataFrame(shown).to_string(index=False).replace("nan", "   ")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -90,6 +90,16 @@ class Comparison:
         evaluated = f"{to.eval_nsamples} × {to.seqlen} tokens of {corpora.describe(to.eval_dataset)}"
         return f"{self.model}; calibrated on {calibrated}, evaluated on {evaluated}"
 
+    @property
+    def table(self) -> pd.DataFrame:
+        """The runs as text to print: numbers rounded, nothing where nothing was measured."""
+        runs = self.runs
+        formats = {"sparsity": "{:.2%}", "ratio": "{:.3f}", "relative_error": "{:.4f}", "seconds": "{:.2f}"}
+        shown = {name: runs[name].map(form.format) for name, form in formats.items()}
+        shown["perplexity"] = runs.perplexity.map("{:.2f} ± ".format) + runs.stderr.map("{:.2f}".format)
+        shown["peak_memory_mb"] = runs.peak_memory_mb.map("{:.0f}".format)
+        return runs.assign(**shown).drop(columns="stderr").replace("nan", "")
+
     def add(self, report: Report | None, ppl: Perplexity, baseline: Perplexity, errors: dict[str, float]) -> None:
         """Add a run (None: the dense model) with its perplexity and its error in each layer, by full name."""
         row = {"method": "dense", "pattern": "", "sparsity": 0.0} | {

@@ -26,8 +26,9 @@ def sparsity_perplexity(runs: pd.DataFrame, caption: str) -> "Figure":
         runs: the table of a `Comparison`.
         caption: model, tokens and seeds, drawn under the figure.
     """
-    figure, axes = _new_figure(7.0, 4.8, 1, 1)
-    ax = axes[0]
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+
+    figure, (ax,) = _new_figure(7.0, 4.8, 1, 1)
     dense = runs[runs.method == "dense"].iloc[0]
     ax.axhline(dense.perplexity, color="#666666", linestyle=(0, (1, 1)), label=f"dense ({dense.perplexity:.2f})")
     methods = runs.method[runs.method != "dense"].unique()
@@ -42,8 +43,10 @@ def sparsity_perplexity(runs: pd.DataFrame, caption: str) -> "Figure":
     if any(isinstance(parse_sparsity(text), NM) for text in runs.pattern[runs.method != "dense"]):
         ax.plot([], [], "o", color="#666666", markerfacecolor="white", markersize=8, label="N:M pattern (open)")
     ax.set_yscale("log")
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 1.2, 1.5, 2, 3, 5, 7)))
     ax.yaxis.set_major_formatter("{x:g}")
-    ax.yaxis.set_minor_formatter("{x:g}")
+    ax.yaxis.set_minor_locator(NullLocator())
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set_xlabel("realised sparsity of the pruned layers (%)")
     ax.set_ylabel("held-out perplexity (log scale)")
     ax.legend(frameon=False)

@@ -88,7 +88,7 @@ def test_compare_writes_tables_and_figures(folder, text, tmp_path, capsys):
     for words in (
         "method",
         "± ",
-        "peak MB",
+        "peak_memory_mb",
         "dense",
         "magnitude",
         "2:4",
@@ -118,7 +118,7 @@ def test_train_and_resume(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["prune", "FOLDER", "--out", "OUT", "--method", "obs"], "expected one of magnitude, wanda, sparsegpt, received 'obs'"),
+        (["prune", "FOLDER", "--out", "OUT", "--method", "obs"], "expected one of magnitude, wanda, sparsegpt"),
         (["prune", "FOLDER", "--out", "OUT", "--sparsity", "1.5"], "expected a fraction from 0 to 1, received 1.5"),
         (["prune", "FOLDER", "--out", "OUT", "--sparsity", "4:2"], "4:2"),
         (["prune", "FOLDER", "--out", "OUT", "--sparsity=nan"], "expected a fraction"),
@@ -195,7 +195,7 @@ def test_help_is_one_screen_with_an_example(command, capsys, monkeypatch):
 
 
 def test_help_is_quick_and_the_module_runs():
-    code = "import sys\nfrom sparselab.cli import main\ntry: main(['-h'])\nexcept SystemExit: print('torch' in sys.modules)"
+    code = "import sys, sparselab.cli as cli\ntry: cli.main(['-h'])\nexcept SystemExit: print('torch' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.endswith("False\n")
     done = subprocess.run([sys.executable, "-m", "sparselab", "--version"], capture_output=True, text=True, check=True)
