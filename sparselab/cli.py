@@ -71,7 +71,7 @@ def _compare(options: argparse.Namespace) -> None:
     drawn["layer_errors.png"] = figures.layer_errors(result.layers, pattern, result.caption)
     for name, figure in drawn.items():
         figure.savefig(folder / name, dpi=144)
-    print(f"Written to {options.out}: runs.csv, layers.csv, {', '.join(drawn)}")
+    print(f"Written to {options.out}: runs.csv, runs.md, layers.csv, {', '.join(drawn)}")
 
 
 def _prune(options: argparse.Namespace) -> None:
@@ -101,7 +101,7 @@ def _prune(options: argparse.Namespace) -> None:
     print(
         f"{options.model} pruned by {options.method}: {report.sparsity:.2%} zeros in {len(report.layers)} layers, "
         f"mean relative layer error {report.relative_error:.4f}, {report.seconds:.1f} s, "
-        f"peak memory {report.peak_memory / 1e6:.0f} MB; written to {options.out}"
+        f"{report.peak_memory / 1e6:.0f} MB of memory besides the model; written to {options.out}"
     )
 
 

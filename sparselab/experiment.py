@@ -73,7 +73,8 @@ class Comparison:
         config: what was asked for.
         model: name of the model.
         runs: one row a run: method, pattern, sparsity (realised), perplexity, stderr, ratio (to dense), relative_error
-            (mean over layers, on the dense model's inputs), seconds and peak_memory_mb (of calibration and solve).
+            (mean over layers, on the dense model's inputs), seconds and peak_memory_mb (of calibration and solve, above
+            the loaded model).
         layers: one row a layer of each run: method, pattern, block, layer, sparsity, relative_error.
     """
 
@@ -120,9 +121,10 @@ class Comparison:
         self.runs = pd.concat([self.runs, pd.DataFrame([row])], ignore_index=True)
 
     def save(self, folder: Path) -> None:
-        """Write `runs.csv`, `layers.csv` and the settings."""
+        """Write `runs.csv`, `layers.csv`, the table as `runs.md`, and the settings."""
         files.write_stamp(folder, "compare", {"model": self.model} | asdict(self.config))
         files.write_text(folder / "runs.csv", self.runs.to_csv(index=False))
+        files.write_text(folder / "runs.md", files.markdown_table(self.table))
         files.write_text(folder / "layers.csv", self.layers.to_csv(index=False))
 
 

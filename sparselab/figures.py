@@ -20,13 +20,13 @@ _LINES = ("-", "--", "-.", ":")
 def sparsity_perplexity(runs: pd.DataFrame, caption: str) -> "Figure":
     """Perplexity against realised sparsity on a log axis, one line a method, with the dense model as a line.
 
-    N:M patterns stand beside the lines as open markers. Bars are one standard error over windows.
+    N:M patterns stand apart from the lines, as open markers with their names. Bars are one standard error over windows.
 
     Args:
         runs: the table of a `Comparison`.
         caption: model, tokens and seeds, drawn under the figure.
     """
-    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+    from matplotlib.ticker import LogLocator, MultipleLocator, NullLocator
 
     figure, (ax,) = _new_figure(7.0, 4.8, 1, 1)
     dense = runs[runs.method == "dense"].iloc[0]
@@ -39,14 +39,15 @@ def sparsity_perplexity(runs: pd.DataFrame, caption: str) -> "Figure":
         ax.errorbar(100 * line.sparsity, line.perplexity, line.stderr, label=method, capsize=3, **style)
         alone = style | {"linestyle": "none", "markerfacecolor": "white", "markersize": 8}
         for _, point in points[grouped].iterrows():
-            ax.errorbar(100 * point.sparsity, point.perplexity, point.stderr, capsize=3, **alone)
-    if any(isinstance(parse_sparsity(text), NM) for text in runs.pattern[runs.method != "dense"]):
-        ax.plot([], [], "o", color="#666666", markerfacecolor="white", markersize=8, label="N:M pattern (open)")
+            at = (100 * point.sparsity, point.perplexity)
+            ax.errorbar(*at, point.stderr, capsize=3, **alone)
+            ax.annotate(point.pattern, at, (8, 0), textcoords="offset points", va="center", fontsize=8)
     ax.set_yscale("log")
     ax.yaxis.set_major_locator(LogLocator(subs=(1, 1.2, 1.5, 2, 3, 5, 7)))
     ax.yaxis.set_major_formatter("{x:g}")
     ax.yaxis.set_minor_locator(NullLocator())
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.xaxis.set_major_locator(MultipleLocator(10))
+    ax.margins(x=0.08)
     ax.set_xlabel("realised sparsity of the pruned layers (%)")
     ax.set_ylabel("held-out perplexity (log scale)")
     ax.legend(frameon=False)

@@ -9,9 +9,12 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sparselab.errors import OutputError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 # Written into every output folder; its presence is what allows --overwrite to replace a folder.
 STAMP = "sparselab.json"
@@ -91,3 +94,13 @@ def write_text(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
+
+
+def markdown_table(table: "pd.DataFrame") -> str:
+    """A table of text as Markdown, columns of the frame in order, underscores of their names as spaces."""
+    rows = [
+        [str(name).replace("_", " ") for name in table],
+        ["---"] * len(table.columns),
+        *table.astype(str).to_numpy(),
+    ]
+    return "".join("| " + " | ".join(row) + " |\n" for row in rows)

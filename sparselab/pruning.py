@@ -79,7 +79,7 @@ class Report:
             on its calibration inputs, against the dense weight), tokens, seconds (of the solve).
         settings: what was asked for.
         seconds: wall time of the whole walk.
-        peak_memory: bytes; see `PeakMemory`.
+        peak_memory: bytes taken besides the model; see `PeakMemory`.
     """
 
     layers: pd.DataFrame

@@ -97,7 +97,7 @@ def test_compare_writes_tables_and_figures(folder, text, tmp_path, capsys):
         assert words in printed
     assert "nan" not in printed
     written = {file.name for file in (tmp_path / "out").iterdir()}
-    assert written == {"runs.csv", "layers.csv", "sparselab.json", "perplexity.png", "layer_errors.png"}
+    assert written == {"runs.csv", "runs.md", "layers.csv", "sparselab.json", "perplexity.png", "layer_errors.png"}
     assert fails(capsys, arguments, 1).endswith("pass --overwrite or another --out")
     assert main([*arguments, "--overwrite"]) == 0
 

@@ -2,11 +2,25 @@ import torch
 
 from sparselab.memory import PeakMemory
 
+CPU = torch.device("cpu")
 
-def test_a_short_large_tensor_is_seen():
-    with PeakMemory(torch.device("cpu")) as before:
+
+def test_a_short_large_tensor_is_seen_and_nothing_is_not():
+    with PeakMemory(CPU) as idle:
         pass
-    with PeakMemory(torch.device("cpu")) as during:
+    with PeakMemory(CPU) as busy:
         for _ in range(5):
             torch.ones(30_000_000).sum()  # 120 MB, released at once
-    assert during.bytes > before.bytes + 80e6
+    assert idle.bytes < 10e6
+    assert 110e6 < busy.bytes < 160e6
+
+
+def test_what_was_freed_before_is_counted_when_it_is_taken_again():
+    pieces = [bytearray(100_000) for _ in range(1000)]  # small enough to stay with the C library when freed
+    last = bytearray(100_000)  # keeps the heap from shrinking by itself
+    del pieces
+    with PeakMemory(CPU) as memory:
+        again = [bytearray(100_000) for _ in range(1000)]
+        torch.ones(1)
+    assert memory.bytes > 80e6
+    del again, last

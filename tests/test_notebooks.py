@@ -3,13 +3,14 @@
 from pathlib import Path
 
 import nbformat
-import pandas as pd
 import pytest
 from nbclient import NotebookClient
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-SMALL = {"01_compare": 'model, sparsities = "tiny", ["60%", "70%"]\nnsamples, eval_nsamples, seqlen, seed = 32, 100, 128, 0'}
+SMALL = {
+    "01_compare": 'model, sparsities = "tiny", ["60%", "70%"]\nnsamples, eval_nsamples, seqlen, seed = 32, 100, 128, 0'
+}
 
 
 @pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.stem)
@@ -45,9 +46,7 @@ def test_runs(notebook):
     NotebookClient(cells, timeout=300, resources={"metadata": {"path": str(ROOT / "notebooks")}}).execute()
 
 
-def test_the_readme_states_the_recorded_run():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    runs = pd.read_csv(ROOT / "benchmarks" / "compare" / "runs.csv").fillna({"pattern": ""})
-    for run in runs.itertuples():
-        row = f"| {run.method} | {run.pattern} | {run.sparsity:.2%} | {run.perplexity:.2f} ± {run.stderr:.2f} | {run.ratio:.3f} |"
-        assert row in readme
+def test_the_readme_shows_the_recorded_run():
+    assert (ROOT / "benchmarks" / "compare" / "runs.md").read_text(encoding="utf-8") in (ROOT / "README.md").read_text(
+        encoding="utf-8"
+    )
