@@ -32,7 +32,7 @@ def test_everything_works_without_optional_packages():
         f"import sys; [sys.modules.__setitem__(name, None) for name in {absent}]\n"
         "import sparselab\n"
         "for name in sparselab.__all__: getattr(sparselab, name)\n"
-        "import sparselab.cli, sparselab.figures, sparselab.experiment\n"
+        "import sparselab.cli, sparselab.experiment\n"
         "sparselab.load('tiny')"
     )
 
