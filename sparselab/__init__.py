@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sparselab import solvers
+    from sparselab.comparison import compare
     from sparselab.corpora import calibration_tokens, evaluation_tokens
     from sparselab.evaluation import Perplexity, bits_per_byte, perplexity
-    from sparselab.experiment import compare
     from sparselab.models import load
     from sparselab.pruners import Magnitude, SparseGPT, Wanda
     from sparselab.pruning import Report, collect, prune
@@ -27,7 +27,7 @@ _HOME = {
     "bits_per_byte": "evaluation",
     "calibration_tokens": "corpora",
     "collect": "pruning",
-    "compare": "experiment",
+    "compare": "comparison",
     "evaluation_tokens": "corpora",
     "load": "models",
     "perplexity": "evaluation",

@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _compare(options: argparse.Namespace) -> None:
     from sparselab import figures, files
-    from sparselab.experiment import CompareConfig, compare, estimate_seconds
+    from sparselab.comparison import CompareConfig, compare, estimate_seconds
     from sparselab.models import load
 
     config = CompareConfig(
@@ -256,7 +256,7 @@ def _add_machine(parser: argparse.ArgumentParser) -> None:
 
 
 def _method(text: str) -> str:
-    from sparselab.pruning import METHODS
+    from sparselab.methods import METHODS
 
     if text not in METHODS:
         raise argparse.ArgumentTypeError(f"expected one of {', '.join(METHODS)}, received {text!r}")

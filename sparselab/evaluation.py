@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparselab.errors import NonFiniteError
 from sparselab.models.blocks import Decoder, evaluating
 from sparselab.models.inputs import batches, check_tokens
+from sparselab.progress import Progress, tracked
 
 # Logits held at a time, in elements: 128 MiB in float32, whatever the size of the vocabulary.
 _LOGITS_AT_ONCE = 2**25
@@ -49,7 +49,7 @@ def perplexity(
     model: PreTrainedModel,
     tokens: Int[Tensor, "windows seqlen"],
     batch_size: int | None = None,
-    progress: bool = True,
+    progress: Progress = True,
 ) -> Perplexity:
     """Perplexity of a causal language model on windows of tokens.
 
@@ -60,7 +60,7 @@ def perplexity(
         model: a `transformers` causal language model, on any device.
         tokens: from `evaluation_tokens`, or any LongTensor of ids.
         batch_size: windows at a time; None chooses by the device.
-        progress: show a bar.
+        progress: a bar over windows; see `sparselab.progress`.
 
     Raises:
         ValueError: tokens are not windows the model can take.
@@ -72,13 +72,13 @@ def perplexity(
     if tokens.shape[1] < 2:
         raise ValueError("tokens: expected windows of at least 2 tokens, since the first is not predicted")
     losses = []
-    with evaluating(model), tqdm(total=len(tokens), desc="perplexity", unit="window", disable=not progress) as bar:
+    with evaluating(model), tracked(progress, len(tokens), "perplexity", "window") as advance:
         for batch in batches(tokens, batch_size, decoder.device):
             nll = _window_losses(decoder, batch)
             if not nll.isfinite().all():
                 raise NonFiniteError(f"perplexity: the loss is not finite; {_first_bad_block(decoder, batch)}")
             losses.append(nll.cpu())
-            bar.update(len(batch))
+            advance(len(batch))
     return Perplexity(torch.cat(losses), tokens.shape[1])
 
 

@@ -1,63 +1,47 @@
-"""The main job: one model pruned several ways on the same windows, and what each way cost."""
+"""Runs that can be told apart, repeated and kept: what is pruned, how, on which text, and what came of it."""
 
-import time
-from dataclasses import asdict, dataclass
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from pathlib import Path
+from typing import Any, Literal
 
 import pandas as pd
 import torch
-from jaxtyping import Float
-from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sparselab import corpora, files
+from sparselab import __version__, corpora, files
+from sparselab.errors import SingularHessianError
 from sparselab.evaluation import Perplexity, perplexity
-from sparselab.models.blocks import Decoder, evaluating, read_weight, write_weight
-from sparselab.models.inputs import batches
-from sparselab.pruning import METHODS, Report, collect, prune
-from sparselab.solvers import InputStatistics, parse_sparsity, relative_error
+from sparselab.methods import Settings
+from sparselab.models.blocks import Decoder, read_weight, write_weight
+from sparselab.progress import Progress
+from sparselab.pruning import Collected, Report, collect, collect_nested, prune
+from sparselab.solvers import parse_sparsity, relative_error
 
-# Passes of the blocks over the calibration windows that a whole run of a method costs, as measured on two CPU cores.
-_PASSES = {"magnitude": 0.05, "wanda": 2.1, "sparsegpt": 2.6}
+_REFERENCE_WINDOWS = 128
+RESULT = "result.json"
 
 
 @dataclass(frozen=True)
-class CompareConfig:
-    """What is compared, and on which text.
+class TextConfig:
+    """Which text a model is calibrated and measured on.
 
     Args:
-        methods: keys of `sparselab.pruning.METHODS`.
-        sparsities: fractions, percentages or N:M.
-        percdamp, blocksize: of SparseGPT.
         dataset: calibration text, see `corpora.documents`.
         eval_dataset: evaluation text; "stdlib" is read on its held-out side.
-        nsamples: calibration windows.
-        eval_nsamples: evaluation windows.
         seqlen: tokens a window, for both.
-        seed: of the calibration draw.
+        eval_nsamples: evaluation windows.
     """
 
-    methods: tuple[str, ...] = ("magnitude", "wanda", "sparsegpt")
-    sparsities: tuple[str, ...] = ("50%", "60%", "70%", "2:4")
-    percdamp: float = 0.01
-    blocksize: int = 128
     dataset: corpora.Dataset = "stdlib"
     eval_dataset: corpora.Dataset = "stdlib"
-    nsamples: int = 128
-    eval_nsamples: int = 400
     seqlen: int = 256
-    seed: int = 0
+    eval_nsamples: int = 400
 
     def __post_init__(self) -> None:
-        unknown = [method for method in self.methods if method not in METHODS]
-        if unknown or not self.methods:
-            received = ", ".join(unknown) or "none"
-            raise ValueError(f"methods: expected some of {', '.join(METHODS)}, received {received}")
-        if not self.sparsities:
-            raise ValueError("sparsities: expected at least one, received none")
-        for sparsity in self.sparsities:
-            parse_sparsity(sparsity)
         if self.dataset == self.eval_dataset != "stdlib":
             raise ValueError(
                 f"dataset: calibration and evaluation would both read {corpora.describe(self.dataset)}; "
@@ -65,149 +49,215 @@ class CompareConfig:
             )
 
 
-@dataclass
-class Comparison:
-    """Results so far, and what they are results of.
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that decides the pruned weights, given a model and a text.
 
     Args:
-        config: what was asked for.
-        model: name of the model.
-        runs: one row a run: method, pattern, sparsity (realised), perplexity, stderr, ratio (to dense), relative_error
-            (mean over layers, on the dense model's inputs), seconds and peak_memory_mb (of calibration and solve, above
-            the loaded model).
-        layers: one row a layer of each run: method, pattern, block, layer, sparsity, relative_error.
+        method: a key of `sparselab.methods.METHODS`.
+        sparsity: 0.5, "50%" or "2:4"; kept as it is written in tables.
+        percdamp, blocksize, propagate: see `sparselab.methods.Settings`.
+        nsamples: calibration windows.
+        seed: of the calibration draw.
     """
 
-    config: CompareConfig
-    model: str
-    runs: pd.DataFrame
-    layers: pd.DataFrame
+    method: str = "sparsegpt"
+    sparsity: str | float = "50%"
+    percdamp: float = 0.01
+    blocksize: int = 128
+    nsamples: int = 128
+    seed: int = 0
+    propagate: Literal["pruned", "dense"] = "pruned"
 
-    @property
-    def caption(self) -> str:
-        """What every figure and table has to state."""
-        to = self.config
-        calibrated = f"{to.nsamples} × {to.seqlen} tokens of {corpora.describe(to.dataset)} (seed {to.seed})"
-        evaluated = f"{to.eval_nsamples} × {to.seqlen} tokens of {corpora.describe(to.eval_dataset)}"
-        return f"{self.model}; calibrated on {calibrated}, evaluated on {evaluated}"
-
-    @property
-    def table(self) -> pd.DataFrame:
-        """The runs as text to print: numbers rounded, nothing where nothing was measured."""
-        runs = self.runs
-        formats = {"sparsity": "{:.2%}", "ratio": "{:.3f}", "relative_error": "{:.4f}", "seconds": "{:.2f}"}
-        shown = {name: runs[name].map(form.format) for name, form in formats.items()}
-        shown["perplexity"] = runs.perplexity.map("{:.2f} ± ".format) + runs.stderr.map("{:.2f}".format)
-        shown["peak_memory_mb"] = runs.peak_memory_mb.map("{:.0f}".format)
-        return runs.assign(**shown).drop(columns="stderr").replace("nan", "")
-
-    def add(self, report: Report | None, ppl: Perplexity, baseline: Perplexity, errors: dict[str, float]) -> None:
-        """Add a run (None: the dense model) with its perplexity and its error in each layer, by full name."""
-        row = {"method": "dense", "pattern": "", "sparsity": 0.0} | {
-            "perplexity": float(ppl),
-            "stderr": ppl.stderr,
-            "ratio": float(ppl) / float(baseline),
-        }
-        if report is not None:
-            about = {"method": report.settings.method, "pattern": str(report.settings.pattern)}
-            layers = report.layers[["block", "layer", "sparsity"]].assign(**about, relative_error=list(errors.values()))
-            self.layers = pd.concat([self.layers, layers], ignore_index=True)
-            row |= about | {
-                "sparsity": report.sparsity,
-                "relative_error": layers.relative_error.mean(),
-                "seconds": report.seconds,
-                "peak_memory_mb": report.peak_memory / 1e6,
-            }
-        self.runs = pd.concat([self.runs, pd.DataFrame([row])], ignore_index=True)
-
-    def save(self, folder: Path) -> None:
-        """Write `runs.csv`, `layers.csv`, the table as `runs.md`, and the settings."""
-        files.write_stamp(folder, "compare", {"model": self.model} | asdict(self.config))
-        files.write_text(folder / "runs.csv", self.runs.to_csv(index=False))
-        files.write_text(folder / "runs.md", files.markdown_table(self.table))
-        files.write_text(folder / "layers.csv", self.layers.to_csv(index=False))
+    def __post_init__(self) -> None:
+        pattern = parse_sparsity(self.sparsity)
+        Settings(self.method, pattern, self.percdamp, self.blocksize, self.propagate)
+        if self.nsamples < 1:
+            raise ValueError(f"nsamples: expected at least 1, received {self.nsamples}")
+        object.__setattr__(self, "sparsity", str(pattern))
 
 
-def compare(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    config: CompareConfig | None = None,
-    name: str = "model",
-    out: Path | None = None,
-    progress: bool = True,
-) -> Comparison:
-    """Prune one model by every method at every sparsity, on the same windows, and evaluate each on the same text.
-
-    The model is put back to its dense weights after every run. Seconds and memory are those of a run that does only
-    what its method needs; layer errors are measured apart, on one set of inputs: those of the dense model.
+@dataclass(frozen=True)
+class Result:
+    """What came of one run.
 
     Args:
-        model: a causal language model; unchanged in the end.
+        row: method, pattern, percdamp, blocksize, nsamples, seed, propagate; sparsity (realised), perplexity, stderr,
+            ratio (to dense), relative_error (mean over layers), seconds and peak_memory_mb (of calibration and solve,
+            besides the model); failure, "" unless a Hessian could not be factored, and then nothing is measured.
+        layers: a row a layer: method, pattern, seed, block, layer, sparsity, relative_error.
+    """
+
+    row: dict[str, Any]
+    layers: list[dict[str, Any]]
+
+
+class Workbench:
+    """A model and its text at hand: dense weights kept, the dense perplexity measured once, no run computed twice.
+
+    A run's layer errors are those of its weights on the dense model's inputs on held-out windows, so that runs of any
+    method, seed and number of calibration windows are measured alike, and none on what it was fitted to.
+
+    Args:
+        model: a causal language model; it is dense again after every run.
         tokenizer: its tokenizer.
-        config: see `CompareConfig`.
-        name: what to call the model.
-        out: existing folder to write to after every run.
-        progress: show a bar.
+        name: what to call the model in tables.
+        text: what it is calibrated and measured on.
+        folder: where finished runs are kept and found again; None keeps them in memory alone.
+        measure_error: measure layer errors; the statistics of all layers are then held in memory.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        name: str = "model",
+        text: TextConfig | None = None,
+        folder: Path | None = None,
+        measure_error: bool = True,
+    ) -> None:
+        self.model, self.tokenizer, self.name = model, tokenizer, name
+        self.text, self.folder, self.measure_error = text or TextConfig(), folder, measure_error
+        self.held_out = corpora.evaluation_tokens(
+            tokenizer, self.text.eval_dataset, self.text.eval_nsamples, self.text.seqlen
+        )
+        self._decoder = Decoder(model)
+        self._dense_weights = {name: read_weight(linear).clone() for name, linear in self._decoder.linears().items()}
+        self._identity = {"model": name, "weights": _fingerprint(model), "version": __version__}
+        self._results: dict[RunConfig, Result] = {}
+        self._collected: dict[tuple[int, int], Collected] = {}
+
+    @cached_property
+    def dense(self) -> Perplexity:
+        """Perplexity of the dense model on the held-out windows."""
+        return perplexity(self.model, self.held_out, progress=False)
+
+    @cached_property
+    def reference(self) -> Collected:
+        """Statistics of every layer's inputs in the dense model on held-out windows, to measure layer errors on."""
+        return collect(self.model, self.held_out[:_REFERENCE_WINDOWS], progress=False)
+
+    @property
+    def runs(self) -> pd.DataFrame:
+        """A row a finished run, in the order they were asked for; see `Result`."""
+        return pd.DataFrame([result.row for result in self._results.values()])
+
+    def calibration(self, nsamples: int, seed: int) -> torch.Tensor:
+        """The calibration windows of a run, [nsamples, seqlen]; those of fewer windows are the first of more."""
+        return corpora.calibration_tokens(self.tokenizer, self.text.dataset, nsamples, self.text.seqlen, seed)
+
+    def collect(self, sizes: Sequence[int], seed: int, progress: Progress = False) -> None:
+        """Collect the dense model's statistics for several numbers of windows in one pass, for `propagate="dense"`."""
+        nested = collect_nested(self.model, self.calibration(max(sizes), seed), sizes, progress=progress)
+        self._collected.update({(size, seed): statistics for size, statistics in nested.items()})
+
+    def finished(self, config: RunConfig) -> Result | None:
+        """The result of a run, if it was computed before: by this object, or by another on the same folder."""
+        if config not in self._results and self.folder is not None and self._path(self.folder, config).is_file():
+            kept = json.loads(self._path(self.folder, config).read_text(encoding="utf-8"))
+            self._results[config] = Result(kept["row"], kept["layers"])
+        return self._results.get(config)
+
+    def run(self, config: RunConfig, progress: Progress = False) -> Result:
+        """Prune, measure, and put the dense weights back; or give what is known of this run already.
+
+        Args:
+            config: what to do.
+            progress: told of every layer pruned and every window evaluated; what it raises stops the run, of which
+                then nothing is kept.
+
+        Raises:
+            ValueError, SparselabError: see `prune` and `perplexity`. A Hessian that cannot be factored does not
+            raise: it is a result, with the reason in `failure`.
+        """
+        if (known := self.finished(config)) is not None:
+            return known
+        try:
+            result = self._compute(config, progress)
+        except SingularHessianError as error:
+            result = Result(_described(config) | {"failure": str(error)}, [])
+        finally:
+            for layer, linear in self._decoder.linears().items():
+                write_weight(linear, self._dense_weights[layer])
+        if self.folder is not None:
+            write_result(self._path(self.folder, config), self._identity | {"text": asdict(self.text)}, result)
+        self._results[config] = result
+        return result
+
+    def _compute(self, config: RunConfig, progress: Progress) -> Result:
+        dense, reference = self.dense, self.reference if self.measure_error else {}
+        calib: Any = self._collected.get((config.nsamples, config.seed)) if config.propagate == "dense" else None
+        if calib is None:
+            calib = self.calibration(config.nsamples, config.seed)
+        report = prune(
+            self.model, calib, config.method, config.sparsity, config.percdamp, config.blocksize,
+            propagate=config.propagate, measure_error=False, progress=progress,
+        )  # fmt: skip
+        layers = report.layers[["block", "layer", "sparsity"]].assign(relative_error=self._errors(reference))
+        ppl = perplexity(self.model, self.held_out, progress=progress)
+        about = {"method": config.method, "pattern": config.sparsity, "seed": config.seed}
+        rows: Any = layers.assign(**about).to_dict("records")
+        return Result(_row(config, report, ppl, dense, layers), rows)
+
+    def _errors(self, reference: Collected) -> list[float]:
+        return [
+            relative_error(self._dense_weights[layer], read_weight(linear), reference[layer].hessian)
+            if reference
+            else float("nan")
+            for layer, linear in self._decoder.linears().items()
+        ]
+
+    def _path(self, folder: Path, config: RunConfig) -> Path:
+        key = json.dumps(self._identity | asdict(self.text) | _described(config), sort_keys=True, default=str)
+        return folder / hashlib.sha256(key.encode()).hexdigest()[:16] / RESULT
+
+
+def write_result(path: Path, about: dict[str, Any], result: Result) -> None:
+    """Keep a result as JSON, whole or not at all, with what it is a result of."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    files.write_text(path, json.dumps(about | asdict(result), indent=1, default=str) + "\n")
+
+
+def read_results(folder: Path) -> pd.DataFrame:
+    """The rows of all results kept below a folder, with the model's name, in the order of their paths.
 
     Raises:
-        ValueError, SparselabError: see `prune` and `perplexity`.
+        ValueError: there are none, or a file is damaged.
     """
-    config = config or CompareConfig()
-    calib = corpora.calibration_tokens(tokenizer, config.dataset, config.nsamples, config.seqlen, config.seed)
-    held_out = corpora.evaluation_tokens(tokenizer, config.eval_dataset, config.eval_nsamples, config.seqlen)
-    decoder = Decoder(model)
-    dense = {layer: read_weight(linear).clone() for layer, linear in decoder.linears().items()}
-    runs = [(sparsity, method) for sparsity in config.sparsities for method in config.methods]
-    result = Comparison(config, name, pd.DataFrame(), pd.DataFrame())
-    with tqdm(total=len(runs) + 1, desc="dense", unit="run", disable=not progress) as bar:
-        baseline = perplexity(model, held_out, progress=False)
-        statistics = collect(model, calib, progress=False)
-        result.add(None, baseline, baseline, {})
-        bar.update()
-        for sparsity, method in runs:
-            bar.set_description(f"{method} {sparsity}")
-            try:
-                report = prune(
-                    model,
-                    calib,
-                    method,
-                    sparsity,
-                    config.percdamp,
-                    config.blocksize,
-                    measure_error=False,
-                    progress=False,
-                )
-                errors = _errors(decoder, dense, statistics)
-                result.add(report, perplexity(model, held_out, progress=False), baseline, errors)
-            finally:
-                for layer, linear in decoder.linears().items():
-                    write_weight(linear, dense[layer])
-            if out is not None:
-                result.save(out)
-            bar.update()
-    return result
+    rows = []
+    for path in sorted(folder.rglob(RESULT)):
+        try:
+            kept = json.loads(path.read_text(encoding="utf-8"))
+            rows.append({"model": kept["model"]} | kept["text"] | kept["row"])
+        except (ValueError, KeyError) as error:
+            raise ValueError(f"{path}: expected a result of a run, found a damaged file; remove it") from error
+    if not rows:
+        raise ValueError(f"{folder}: expected results of runs ({RESULT} in folders), found none")
+    return pd.DataFrame(rows)
 
 
-def estimate_seconds(model: PreTrainedModel, config: CompareConfig) -> float:
-    """About how long `compare` will take, from the speed of a few batches of the model's own blocks."""
-    decoder = Decoder(model)
-    tokens = torch.zeros(64, config.seqlen, dtype=torch.long)
-    with evaluating(model):
-        tried = next(batches(tokens, None, decoder.device))
-        perplexity(model, tried, progress=False)  # the first call pays for allocations
-        started = time.perf_counter()
-        for _ in range(3):
-            perplexity(model, tried, progress=False)
-    per_window = (time.perf_counter() - started) / 3 / len(tried)
-    evaluation = per_window * config.eval_nsamples * (1 + len(config.methods) * len(config.sparsities))
-    passes = 2.0 + len(config.sparsities) * sum(_PASSES[method] for method in config.methods)
-    return evaluation + passes * per_window * config.nsamples
+def _described(config: RunConfig) -> dict[str, Any]:
+    described = {field.name: getattr(config, field.name) for field in fields(RunConfig)}
+    return {"method": described.pop("method"), "pattern": described.pop("sparsity")} | described
 
 
-def _errors(
-    decoder: Decoder, dense: dict[str, Float[Tensor, "d_out d_in"]], statistics: dict[str, InputStatistics]
-) -> dict[str, float]:
-    return {
-        layer: relative_error(dense[layer], read_weight(linear), statistics[layer].hessian)
-        for layer, linear in decoder.linears().items()
+def _row(config: RunConfig, report: Report, ppl: Perplexity, dense: Perplexity, layers: pd.DataFrame) -> dict[str, Any]:
+    return _described(config) | {
+        "sparsity": report.sparsity,
+        "perplexity": float(ppl),
+        "stderr": ppl.stderr,
+        "ratio": float(ppl) / float(dense),
+        "relative_error": float(layers.relative_error.mean()),
+        "seconds": report.seconds,
+        "peak_memory_mb": report.peak_memory / 1e6,
+        "failure": "",
     }
+
+
+def _fingerprint(model: PreTrainedModel) -> str:
+    """Tells models apart: a hash of every tensor's name, shape and first values."""
+    digest = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        digest.update(f"{name} {tuple(value.shape)}".encode())
+        digest.update(value.flatten()[:64].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]

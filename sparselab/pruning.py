@@ -1,73 +1,28 @@
 """The block walk: calibrate a block, solve its layers, store the result, send the hidden states on."""
 
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Literal
 
 import pandas as pd
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from sparselab import solvers
 from sparselab.errors import SparselabError
 from sparselab.memory import PeakMemory
+from sparselab.methods import METHODS, Settings
 from sparselab.models.blocks import Call, Decoder, Linear, evaluating, find_linears, read_weight, write_weight
 from sparselab.models.inputs import batches, check_tokens
 from sparselab.models.recording import collect_statistics, shared_tensors
+from sparselab.progress import Progress, tracked
 from sparselab.solvers import InputStatistics, Pattern
 
-
-@dataclass(frozen=True)
-class Settings:
-    """What is done to each layer.
-
-    Args:
-        method: a key of `METHODS`.
-        pattern: which fraction goes, or N:M.
-        percdamp, blocksize: of SparseGPT; see `solvers.sparsegpt`.
-        propagate: "pruned": each block is calibrated on what the pruned blocks before it send on (as in the paper);
-            "dense": on what the dense ones would send.
-        measure_error: report each layer's error also where the method itself could do without a Hessian.
-    """
-
-    method: str = "sparsegpt"
-    pattern: Pattern = field(default_factory=lambda: solvers.Unstructured(0.5))
-    percdamp: float = 0.01
-    blocksize: int = 128
-    propagate: Literal["pruned", "dense"] = "pruned"
-    measure_error: bool = True
-
-    def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise ValueError(f"method: expected one of {', '.join(METHODS)}, received {self.method!r}")
-        if self.propagate not in ("pruned", "dense"):
-            raise ValueError(f"propagate: expected 'pruned' or 'dense', received {self.propagate!r}")
-        solvers.check_percdamp(self.percdamp)
-        solvers.check_blocksize(self.blocksize)
-
-
-class Method(NamedTuple):
-    """A pruning method: its solver, and what it has to know of a layer's inputs.
-
-    Args:
-        solve: (weight [d_out, d_in], statistics of its inputs, settings) to a new weight.
-        needs: the least that has to be collected.
-    """
-
-    solve: Callable[[Float[Tensor, "d_out d_in"], InputStatistics, Settings], Float[Tensor, "d_out d_in"]]
-    needs: Literal["nothing", "feature norms", "hessian"]
-
-
-METHODS: dict[str, Method] = {
-    "magnitude": Method(lambda weight, _, to: solvers.magnitude(weight, to.pattern), "nothing"),
-    "wanda": Method(lambda weight, seen, to: solvers.wanda(weight, seen.feature_norm, to.pattern), "feature norms"),
-    "sparsegpt": Method(
-        lambda weight, seen, to: solvers.sweep(weight, seen.factor(to.percdamp), to.pattern, to.blocksize), "hessian"
-    ),
-}
+# Statistics of layers' inputs by full layer name; layers that see one input share one object.
+Collected = dict[str, InputStatistics]
 
 
 @dataclass(frozen=True)
@@ -110,7 +65,7 @@ def prune(
     propagate: Literal["pruned", "dense"] = "pruned",
     measure_error: bool = True,
     batch_size: int | None = None,
-    progress: bool = True,
+    progress: Progress = True,
 ) -> Report:
     """Prune the linear layers of every decoder block in place; embeddings and head are left alone.
 
@@ -119,13 +74,15 @@ def prune(
 
     Args:
         model: a `transformers` causal language model on any device, in float32, float16 or bfloat16.
-        calib: LongTensor [n, seqlen], a list of rows, a DataLoader, or a list of `(input, target)` pairs; may be
-            None for magnitude, whose layer errors are then not known.
+        calib: LongTensor [n, seqlen], a list of rows, a DataLoader, or a list of `(input, target)` pairs; or what
+            `collect` made of such windows and the dense model, which then serves any number of runs without another
+            forward pass (`propagate` is "dense" then). May be None for magnitude, whose layer errors are then not
+            known.
         method: "sparsegpt", "wanda" or "magnitude".
         sparsity: 0.5, "50%", "2:4" or a pattern.
         percdamp, blocksize, propagate, measure_error: see `Settings`.
         batch_size: windows in one forward pass; None chooses by the device. Memory, not results, depends on it.
-        progress: show a bar.
+        progress: a bar over layers; see `sparselab.progress`.
 
     Returns:
         A report with one row a layer.
@@ -136,47 +93,110 @@ def prune(
         NonFiniteError: weights or inputs are NaN or infinite; the layer is named.
         SingularHessianError: a damped Hessian is not positive definite; the layer is named.
     """
-    settings = Settings(
-        method, solvers.parse_sparsity(sparsity), percdamp, blocksize, propagate, measure_error and calib is not None
-    )
+    collected = calib if isinstance(calib, dict) else None
+    pattern = solvers.parse_sparsity(sparsity)
+    view = propagate if collected is None else "dense"
+    settings = Settings(method, pattern, percdamp, blocksize, view, measure_error and calib is not None)
     if calib is None and METHODS[method].needs != "nothing":
         raise ValueError(f"calib: {method} needs calibration windows, received None; see calibration_tokens")
     decoder = Decoder(model)
-    _check_layers(decoder, settings)
-    windows = None if calib is None else check_tokens(decoder, calib)
-    started = time.perf_counter()
+    _check_layers(decoder, settings, collected)
+    windows = None if calib is None or collected is not None else check_tokens(decoder, calib)
     rows = []
-    with evaluating(model), PeakMemory(decoder.device) as memory:
+    with (
+        evaluating(model),
+        PeakMemory(decoder.device) as memory,
+        tracked(progress, len(decoder.linears()), f"{method} {pattern}", "layer") as advance,
+    ):
+        started = time.perf_counter()
         streams = [] if windows is None or _collects(settings) == "nothing" else _enter(decoder, windows, batch_size)
-        for index in _blocks(decoder, f"{method} {settings.pattern}", progress):
-            rows += _prune_block(decoder, index, streams, settings)
-    return Report(pd.DataFrame(rows), settings, time.perf_counter() - started, memory.bytes)
+        for index in range(len(decoder.blocks)):
+            for row in _prune_block(decoder, index, streams, settings, collected or {}):
+                rows.append(row)
+                advance(1)
+        seconds = time.perf_counter() - started
+    return Report(pd.DataFrame(rows), settings, seconds, memory.bytes)
 
 
 def collect(
-    model: PreTrainedModel, calib: Any, batch_size: int | None = None, progress: bool = True
-) -> dict[str, InputStatistics]:
+    model: PreTrainedModel,
+    calib: Any,
+    batch_size: int | None = None,
+    progress: Progress = True,
+    *,
+    blocks: Collection[int] | None = None,
+) -> Collected:
     """Statistics of the inputs of every prunable layer of the model as it is, in one pass, by full layer name.
 
     All Hessians are held at once; layers that see the same input share one.
 
     Args:
-        model, calib, batch_size, progress: see `prune`.
+        model, calib, batch_size: see `prune`.
+        progress: a bar over blocks; see `sparselab.progress`.
+        blocks: indices of the blocks to collect, to save memory; None is all.
 
     Raises:
         ValueError, SparselabError: see `prune`.
     """
     decoder = Decoder(model)
     windows = check_tokens(decoder, calib)
+    wanted = set(range(len(decoder.blocks)) if blocks is None else blocks)
+    if unknown := wanted - set(range(len(decoder.blocks))):
+        raise ValueError(f"blocks: expected indices from 0 to {len(decoder.blocks) - 1}, received {sorted(unknown)}")
     collected = {}
-    with evaluating(model):
+    with evaluating(model), tracked(progress, len(wanted), "statistics", "block") as advance:
         streams = _enter(decoder, windows, batch_size)
-        for index in _blocks(decoder, "statistics", progress):
+        for index in range(max(wanted, default=-1) + 1):
             outputs: list[Tensor] = []
-            statistics = _observe(decoder, index, streams, True, outputs)
-            collected.update({f"{decoder.blocks_name}.{index}.{name}": seen for name, seen in statistics.items()})
+            if index in wanted:
+                statistics = _observe(decoder, index, streams, True, outputs)
+                collected.update({f"{decoder.blocks_name}.{index}.{name}": seen for name, seen in statistics.items()})
+                advance(1)
             _advance(decoder, index, streams, outputs)
     return collected
+
+
+def collect_nested(
+    model: PreTrainedModel,
+    calib: Any,
+    sizes: Sequence[int],
+    batch_size: int | None = None,
+    progress: Progress = True,
+    *,
+    blocks: Collection[int] | None = None,
+) -> dict[int, Collected]:
+    """`collect` on the first n windows for each n of `sizes`, in one pass over the largest: sums add up.
+
+    Args:
+        model, calib, batch_size, blocks: see `collect`.
+        sizes: numbers of windows, in any order.
+        progress: a bar over blocks and sizes; see `sparselab.progress`.
+
+    Raises:
+        ValueError: a size is not positive, or there are fewer windows; see also `collect`.
+    """
+    decoder = Decoder(model)
+    windows = check_tokens(decoder, calib)
+    ordered = sorted(set(sizes))
+    if not ordered or ordered[0] < 1 or ordered[-1] > len(windows):
+        raise ValueError(f"sizes: expected numbers from 1 to the {len(windows)} windows, received {list(sizes)}")
+    nested: dict[int, Collected] = {}
+    with tracked(progress, len(ordered), "statistics", "size") as advance:
+        for start, stop in pairwise([0, *ordered]):
+            part = collect(model, windows[start:stop], batch_size, progress=False, blocks=blocks)
+            nested[stop] = _added(nested[start], part) if start else part
+            advance(1)
+    return nested
+
+
+def _added(before: Collected, part: Collected) -> Collected:
+    """Sums of two sets of windows, shared between layers as theirs are."""
+    sums: dict[int, InputStatistics] = {}
+    for name, seen in part.items():
+        if id(seen) not in sums:
+            seen.merge(before[name])
+            sums[id(seen)] = seen
+    return part
 
 
 @dataclass
@@ -199,7 +219,7 @@ def _enter(decoder: Decoder, windows: Int[Tensor, "n seqlen"], batch_size: int |
 
 def _observe(
     decoder: Decoder, index: int, streams: list[_Stream], with_hessian: bool, outputs: list[Tensor] | None
-) -> dict[str, InputStatistics]:
+) -> Collected:
     """Run a block on all batches and sum up what enters its layers; what it sends on is added to `outputs` if given."""
     name = f"{decoder.blocks_name}.{index}"
     with collect_statistics(decoder.blocks[index], name, with_hessian) as statistics:
@@ -218,19 +238,22 @@ def _advance(decoder: Decoder, index: int, streams: list[_Stream], outputs: list
         stream.hidden = outputs[number] if outputs else decoder.run_block(index, stream.hidden, stream.calls[index])
 
 
-def _prune_block(decoder: Decoder, index: int, streams: list[_Stream], settings: Settings) -> list[dict[str, Any]]:
+def _prune_block(
+    decoder: Decoder, index: int, streams: list[_Stream], settings: Settings, collected: Collected
+) -> Iterator[dict[str, Any]]:
+    """Prune the layers of a block one by one; the hidden states have moved on when the last row has come."""
+    block_name = f"{decoder.blocks_name}.{index}"
     outputs: list[Tensor] | None = [] if settings.propagate == "dense" else None
-    statistics: dict[str, InputStatistics] = {}
+    observed: Collected = {}
     if streams:
-        statistics = _observe(decoder, index, streams, _collects(settings) == "hessian", outputs)
-    rows = []
+        observed = _observe(decoder, index, streams, _collects(settings) == "hessian", outputs)
     for name, linear in find_linears(decoder.blocks[index]).items():
+        seen = observed.get(name) or collected.get(f"{block_name}.{name}")
         try:
-            rows.append({"block": index, "layer": name} | _prune_layer(linear, statistics.get(name), settings))
+            yield {"block": index, "layer": name} | _prune_layer(linear, seen, settings)
         except SparselabError as error:
-            raise type(error)(f"{decoder.blocks_name}.{index}.{name}: {error}") from error
+            raise type(error)(f"{block_name}.{name}: {error}") from error
     _advance(decoder, index, streams, outputs)
-    return rows
 
 
 def _prune_layer(linear: Linear, seen: InputStatistics | None, settings: Settings) -> dict[str, Any]:
@@ -259,13 +282,15 @@ def _collects(settings: Settings) -> str:
     return "hessian" if settings.measure_error else METHODS[settings.method].needs
 
 
-def _blocks(decoder: Decoder, what: str, progress: bool) -> Iterable[int]:
-    return tqdm(range(len(decoder.blocks)), desc=what, unit="block", disable=not progress)
-
-
-def _check_layers(decoder: Decoder, settings: Settings) -> None:
+def _check_layers(decoder: Decoder, settings: Settings, collected: Collected | None) -> None:
     """Everything that can be known to fail before the first block is touched."""
-    for name, linear in decoder.linears().items():
+    linears = decoder.linears()
+    if collected is not None and (lacking := [name for name in linears if name not in collected]):
+        raise ValueError(
+            f"calib: expected statistics of all {len(linears)} layers, as collect gives without `blocks`; "
+            f"received none of {lacking[0]}"
+        )
+    for name, linear in linears.items():
         try:
             weight = read_weight(linear)
             solvers.check_weight(weight)

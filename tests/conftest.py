@@ -4,11 +4,15 @@ import os
 
 from jaxtyping import config, install_import_hook
 
-_CHECKED = ("solvers", "models", "corpora", "evaluation", "memory", "pruning", "pruners", "experiment", "training")
+_CHECKED = (
+    *("solvers", "models", "corpora", "evaluation", "memory", "methods", "progress", "pruning", "pruners"),
+    *("experiment", "comparison", "training", "figures", "widgets"),
+)
 install_import_hook([f"sparselab.{name}" for name in _CHECKED], "runtime_types.check")
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TQDM_DISABLE"] = "1"
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin make small work crawl on a busy machine
 
 import pytest
 import torch

@@ -8,8 +8,9 @@ from torch.utils.data import DataLoader
 import sparselab
 from sparselab import solvers
 from sparselab.errors import NonFiniteError, SingularHessianError
+from sparselab.methods import METHODS, Settings
 from sparselab.models.blocks import Decoder, read_weight
-from sparselab.pruning import METHODS, Settings, collect, prune
+from sparselab.pruning import collect, collect_nested, prune
 
 QUIET = {"progress": False}
 
@@ -82,6 +83,64 @@ def test_dense_propagation_uses_dense_inputs(llama, tokens):
         solvers.relative_error(original, pruned, statistics[name].hessian), rel=1e-4
     )
     assert statistics[name].tokens == tokens.numel() == last.tokens
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_collected_statistics_serve_any_run_as_dense_propagation_does(tokens, method):
+    walked, served = tiny_llama(), tiny_llama()
+    collected = collect(served, tokens, **QUIET)
+    first = prune(walked, tokens, method, 0.5, propagate="dense", **QUIET)
+    second = prune(served, collected, method, 0.5, **QUIET)
+    assert second.settings.propagate == "dense"
+    torch.testing.assert_close(weights(served), weights(walked), rtol=0, atol=0)
+    assert list(second.layers.relative_error) == list(first.layers.relative_error)
+    assert (second.layers.tokens == tokens.numel()).all()
+    del collected["model.layers.1.mlp.up_proj"]
+    with pytest.raises(ValueError, match=r"statistics of all 21 layers.*none of model\.layers\.1\.mlp\.up_proj"):
+        prune(served, collected, method, 0.5, **QUIET)
+
+
+def test_nested_statistics_are_those_of_the_first_windows(llama, tokens):
+    nested = collect_nested(llama, tokens, [7, 2, 10], **QUIET)
+    assert list(nested) == [2, 7, 10]
+    for size, collected in nested.items():
+        for name, seen in collect(llama, tokens[:size], **QUIET).items():
+            assert collected[name].tokens == seen.tokens == size * 24
+            torch.testing.assert_close(collected[name].hessian, seen.hessian, rtol=1e-4, atol=1e-4)
+        q, k, up = (
+            collected[f"model.layers.1.{name}"] for name in ("self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj")
+        )
+        assert q is k
+        assert q is not up
+    assert nested[2]["model.layers.0.mlp.up_proj"] is not nested[7]["model.layers.0.mlp.up_proj"]
+    for wrong in ([0, 2], [11], []):
+        with pytest.raises(ValueError, match="sizes: expected numbers from 1 to the 10 windows"):
+            collect_nested(llama, tokens, wrong, **QUIET)
+
+
+def test_only_some_blocks_are_collected(llama, tokens):
+    whole, some = collect(llama, tokens, **QUIET), collect(llama, tokens, blocks=[1], **QUIET)
+    assert {name.split(".")[2] for name in some} == {"1"}
+    assert all(torch.equal(seen.hessian, whole[name].hessian) for name, seen in some.items())
+    with pytest.raises(ValueError, match=r"blocks: expected indices from 0 to 2, received \[3\]"):
+        collect(llama, tokens, blocks=[1, 3], **QUIET)
+
+
+def test_progress_is_told_of_every_layer_and_can_stop_the_work(llama, tokens):
+    told = []
+
+    def watch(done, total):
+        told.append((done, total))
+        if done == 9:
+            raise KeyboardInterrupt
+
+    before = weights(llama)
+    with pytest.raises(KeyboardInterrupt):
+        prune(llama, tokens, "wanda", progress=watch)
+    assert told == [(n, 21) for n in range(1, 10)]
+    changed = [name for name, weight in weights(llama).items() if not torch.equal(weight, before[name])]
+    assert len(changed) == 9
+    assert not any(module._forward_pre_hooks for module in llama.modules())
 
 
 def test_batches_do_not_matter(tokens):
