@@ -5,8 +5,11 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 DEMO_OUT ?= demo
 
+# Threads that sleep while they wait: on a busy machine spinning ones make everything several times slower.
+export OMP_WAIT_POLICY ?= PASSIVE
+
 .DEFAULT_GOAL := help
-.PHONY: help demo test lab lint types check notebooks clean
+.PHONY: help demo test lab lint types check notebooks bench clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -43,7 +46,11 @@ types: $(VENV)/test ## check types
 check: lint types test ## everything that CI checks
 
 notebooks: $(VENV)/test ## run the notebooks and store their outputs
-	$(BIN)/jupyter nbconvert --to notebook --execute --inplace notebooks/*.ipynb
+	$(BIN)/jupyter nbconvert --to notebook --execute --inplace notebooks/0*.ipynb
+
+bench: $(VENV)/base ## measure anew what benchmarks/ records
+	$(BIN)/sparselab compare tiny --out benchmarks/compare --overwrite
+	$(BIN)/python benchmarks/layer_lab.py
 
 clean: ## remove what make and the tests have made
 	rm -rf $(VENV) $(DEMO_OUT) .pytest_cache .mypy_cache .ruff_cache .hypothesis dist

@@ -109,7 +109,18 @@ def calibration_tokens(
     Raises:
         ValueError: a count is not positive, the dataset is unknown, or the text is too short.
     """
-    windows = _windows(tokenizer, dataset, "train", seqlen, needed=_positive("nsamples", nsamples))
+    windows = all_windows(tokenizer, dataset, "train", seqlen, needed=_positive("nsamples", nsamples))
+    return draw(windows, nsamples, seed)
+
+
+def draw(windows: Int[Tensor, "windows seqlen"], nsamples: int, seed: int) -> Int[Tensor, "nsamples seqlen"]:
+    """The draw of `calibration_tokens` from windows that are at hand already.
+
+    Raises:
+        ValueError: there are fewer windows.
+    """
+    if nsamples > len(windows):
+        raise ValueError(f"nsamples: expected at most the {len(windows)} windows there are, received {nsamples}")
     order = list(range(len(windows)))
     random.Random(seed).shuffle(order)
     return windows[order[:nsamples]]
@@ -134,7 +145,31 @@ def evaluation_tokens(
     Source: Frantar & Alistarh 2023, section 4; the evaluation of the published code.
     """
     needed = 1 if nsamples is None else _positive("nsamples", nsamples)
-    return _windows(tokenizer, dataset, "heldout", seqlen, needed)[:nsamples]
+    return all_windows(tokenizer, dataset, "heldout", seqlen, needed)[:nsamples]
+
+
+def all_windows(
+    tokenizer: PreTrainedTokenizerBase, dataset: Dataset, split: Split, seqlen: int, needed: int = 1
+) -> Int[Tensor, "windows seqlen"]:
+    """A whole text cut into windows that do not overlap, in order, remainder dropped.
+
+    Args:
+        tokenizer, dataset, seqlen: see `calibration_tokens`.
+        split: see `documents`.
+        needed: how many windows there have to be at least.
+
+    Raises:
+        ValueError: seqlen is not positive, the dataset is unknown, or the text is too short.
+    """
+    _positive("seqlen", seqlen)
+    stream = token_stream(tokenizer, documents(dataset, split))
+    count = len(stream) // seqlen
+    if count < needed:
+        raise ValueError(
+            f"too little text in {describe(dataset)}: {needed} windows of {seqlen} tokens need {needed * seqlen}, "
+            f"found {len(stream)}; lower nsamples or seqlen, or give more text"
+        )
+    return stream[: count * seqlen].view(count, seqlen)
 
 
 def token_stream(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Int[Tensor, " tokens"]:
@@ -150,20 +185,6 @@ def describe(dataset: Dataset) -> str:
     if isinstance(dataset, str | Path):
         return dataset if dataset == "stdlib" else Path(dataset).name
     return f"{len(dataset)} given texts"
-
-
-def _windows(
-    tokenizer: PreTrainedTokenizerBase, dataset: Dataset, split: Split, seqlen: int, needed: int
-) -> Int[Tensor, "windows seqlen"]:
-    _positive("seqlen", seqlen)
-    stream = token_stream(tokenizer, documents(dataset, split))
-    count = len(stream) // seqlen
-    if count < needed:
-        raise ValueError(
-            f"too little text in {describe(dataset)}: {needed} windows of {seqlen} tokens need {needed * seqlen}, "
-            f"found {len(stream)}; lower nsamples or seqlen, or give more text"
-        )
-    return stream[: count * seqlen].view(count, seqlen)
 
 
 def _positive(name: str, value: int) -> int:

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pandas as pd
-import torch
+from jaxtyping import Int
+from torch import Tensor
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparselab import __version__, corpora, files
@@ -42,6 +44,9 @@ class TextConfig:
     eval_nsamples: int = 400
 
     def __post_init__(self) -> None:
+        for name, least in (("seqlen", 2), ("eval_nsamples", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}: expected at least {least}, received {getattr(self, name)}")
         if self.dataset == self.eval_dataset != "stdlib":
             raise ValueError(
                 f"dataset: calibration and evaluation would both read {corpora.describe(self.dataset)}; "
@@ -142,9 +147,13 @@ class Workbench:
         """A row a finished run, in the order they were asked for; see `Result`."""
         return pd.DataFrame([result.row for result in self._results.values()])
 
-    def calibration(self, nsamples: int, seed: int) -> torch.Tensor:
-        """The calibration windows of a run, [nsamples, seqlen]; those of fewer windows are the first of more."""
-        return corpora.calibration_tokens(self.tokenizer, self.text.dataset, nsamples, self.text.seqlen, seed)
+    def calibration(self, nsamples: int, seed: int) -> Int[Tensor, "nsamples seqlen"]:
+        """The calibration windows of a run; those of fewer windows are the first of more."""
+        return corpora.draw(self._text_windows, nsamples, seed)
+
+    @cached_property
+    def _text_windows(self) -> Int[Tensor, "windows seqlen"]:
+        return corpora.all_windows(self.tokenizer, self.text.dataset, "train", self.text.seqlen)
 
     def collect(self, sizes: Sequence[int], seed: int, progress: Progress = False) -> None:
         """Collect the dense model's statistics for several numbers of windows in one pass, for `propagate="dense"`."""
@@ -183,6 +192,14 @@ class Workbench:
             write_result(self._path(self.folder, config), self._identity | {"text": asdict(self.text)}, result)
         self._results[config] = result
         return result
+
+    def run_all(self, configs: Sequence[RunConfig], progress: bool = True) -> pd.DataFrame:
+        """Several runs one after another, as a table; an interruption loses the one under way and no other."""
+        results = []
+        for config in (bar := tqdm(configs, unit="run", disable=not progress)):
+            bar.set_description(f"{config.method} {config.sparsity}")
+            results.append(self.run(config).row)
+        return pd.DataFrame(results)
 
     def _compute(self, config: RunConfig, progress: Progress) -> Result:
         dense, reference = self.dense, self.reference if self.measure_error else {}

@@ -6,7 +6,7 @@ from jaxtyping import config, install_import_hook
 
 _CHECKED = (
     *("solvers", "models", "corpora", "evaluation", "memory", "methods", "progress", "pruning", "pruners"),
-    *("experiment", "comparison", "training", "figures", "widgets"),
+    *("experiment", "comparison", "analysis", "cost", "storage", "sweep", "training", "figures", "widgets"),
 )
 install_import_hook([f"sparselab.{name}" for name in _CHECKED], "runtime_types.check")
 

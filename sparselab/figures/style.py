@@ -5,8 +5,11 @@ from io import BytesIO
 from itertools import cycle
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from PIL import Image
 
 # Okabe & Ito's palette, distinguishable with any colour vision; markers and line styles say the same again.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
@@ -46,7 +49,11 @@ def captioned(figure: Figure, caption: str) -> Figure:
 
 
 def png(figure: Figure, dpi: int = 96) -> bytes:
-    """The figure as the bytes of a PNG file."""
+    """The figure as the bytes of a PNG file, drawn in one pass and packed lightly, for widgets that cannot wait."""
+    figure.set_dpi(dpi)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()  # type: ignore[no-untyped-call]
     buffer = BytesIO()
-    figure.savefig(buffer, format="png", dpi=dpi)
+    pixels = np.asarray(canvas.buffer_rgba())  # type: ignore[no-untyped-call]
+    Image.fromarray(pixels).convert("RGB").save(buffer, "png", compress_level=3)
     return buffer.getvalue()

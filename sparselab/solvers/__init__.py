@@ -12,7 +12,7 @@ from sparselab.solvers.hessian import (
 )
 from sparselab.solvers.magnitude import magnitude
 from sparselab.solvers.reconstruction import reconstruct
-from sparselab.solvers.sparsegpt import sparsegpt, sparsegpt_textbook, sweep
+from sparselab.solvers.sparsegpt import Step, sparsegpt, sparsegpt_textbook, sweep, textbook_steps
 from sparselab.solvers.sparsity import (
     NM,
     Pattern,
@@ -29,6 +29,7 @@ __all__ = [
     "Factor",
     "InputStatistics",
     "Pattern",
+    "Step",
     "Unstructured",
     "check_blocksize",
     "check_percdamp",
@@ -47,5 +48,6 @@ __all__ = [
     "sparsegpt",
     "sparsegpt_textbook",
     "sweep",
+    "textbook_steps",
     "wanda",
 ]

@@ -1,8 +1,11 @@
 """SparseGPT: walk the columns, prune by second-order score, let later columns make good what earlier ones lost.
 
 `sparsegpt` is the production path: one Cholesky factor and no inverse. `sparsegpt_textbook` is the same algorithm as
-the paper writes it, column by column, to be read and to be tested against.
+the paper writes it, column by column, to be read and to be tested against; `textbook_steps` shows it at work.
 """
+
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float
@@ -123,6 +126,29 @@ def _scores(
     return scores
 
 
+@dataclass(frozen=True)
+class Step:
+    """The textbook sweep as it stands once one more column is done.
+
+    Args:
+        column: q, the column this step dealt with.
+        start: first column of the group that q belongs to, whose weights competed before any of them was pruned.
+        weight: all columns as this step leaves them.
+        keep: True where a weight survives; columns after the group are undecided and count as kept.
+        scores: w²/U_qq² of the group's columns, at the time they competed.
+        errors: (w − ŵ)/U_qq of column q when its turn came, one a row.
+        compensation: what this step added to the columns after q; zero up to and including q.
+    """
+
+    column: int
+    start: int
+    weight: Float[Tensor, "d_out d_in"]
+    keep: Bool[Tensor, "d_out d_in"]
+    scores: Float[Tensor, "d_out group"]
+    errors: Float[Tensor, " d_out"]
+    compensation: Float[Tensor, "d_out d_in"]
+
+
 def sparsegpt_textbook(
     weight: Float[Tensor, "d_out d_in"],
     hessian: Float[Tensor, "d_in d_in"],
@@ -133,11 +159,40 @@ def sparsegpt_textbook(
 ) -> tuple[Float[Tensor, "d_out d_in"], Float[Tensor, "d_out d_in"]]:
     """SparseGPT as the paper writes it: U = chol((H + λI)⁻¹), each column's error pushed onto the columns after it.
 
-    Slow and plain: for reading, teaching and testing. Arguments and errors are those of `sparsegpt`.
+    Slow and plain: for reading, teaching and testing. Arguments and errors are those of `sparsegpt`; the sweep itself
+    is `textbook_steps`.
 
     Returns:
         The pruned weight, and the errors (w − ŵ)/U_qq of every weight when its turn came, whose squares sum to
         tr((W−Ŵ)(H+λI)(W−Ŵ)ᵀ).
+    Source: Frantar & Alistarh 2023, algorithm 1.
+    """
+    W = weight
+    errors = torch.zeros_like(weight, dtype=_working_dtype(hessian))
+    for step in textbook_steps(weight, hessian, sparsity, percdamp, blocksize, keep):
+        W = step.weight
+        errors[:, step.column] = step.errors
+    return W.to(weight.dtype), errors
+
+
+def textbook_steps(
+    weight: Float[Tensor, "d_out d_in"],
+    hessian: Float[Tensor, "d_in d_in"],
+    sparsity: float | str | Pattern,
+    percdamp: float = 0.01,
+    blocksize: int = 128,
+    keep: Bool[Tensor, "d_out d_in"] | None = None,
+) -> Iterator[Step]:
+    """The sweep of `sparsegpt_textbook`, one column at a time: err_q = (w_q − ŵ_q)/U_qq, then W_{>q} −= err_q U_{q,>q}.
+
+    Args:
+        weight, hessian, sparsity, percdamp, blocksize, keep: see `sparsegpt`; checked before the first step.
+
+    Returns:
+        One `Step` for each column, from the first to the last; no later step changes an earlier one.
+
+    Raises:
+        ValueError, NonFiniteError: see `sparsegpt`.
     Source: Frantar & Alistarh 2023, algorithm 1.
     """
     pattern = parse_sparsity(sparsity)
@@ -147,21 +202,38 @@ def sparsegpt_textbook(
     H = damped(hessian.to(_working_dtype(hessian)), percdamp)
     U = torch.linalg.cholesky(torch.linalg.inv(H), upper=True)
     importance = torch.where(dead_columns(hessian), 0, 1 / U.diagonal())
-    W = weight.to(H.dtype, copy=True)
-    mask = torch.ones_like(W, dtype=torch.bool) if keep is None else keep
-    errors = torch.zeros_like(W)
     group = pattern.group if isinstance(pattern, NM) else blocksize
+    return _steps(weight.to(H.dtype), U, importance, pattern, group, keep)
+
+
+def _steps(
+    W: Float[Tensor, "d_out d_in"],
+    U: Float[Tensor, "d_in d_in"],
+    importance: Float[Tensor, " d_in"],
+    pattern: Pattern,
+    group: int,
+    keep: Bool[Tensor, "d_out d_in"] | None,
+) -> Iterator[Step]:
+    mask = torch.ones_like(W, dtype=torch.bool) if keep is None else keep
     for q in range(W.shape[1]):
-        if keep is None and q % group == 0:
-            scores = (W[:, q : q + group] * importance[q : q + group]).square()
-            # N:M competes within each row; unstructured over all rows, input by input where scores are equal.
-            chosen = scores if isinstance(pattern, NM) else scores.T.flatten()
-            kept = keep_largest(chosen, pattern)
-            mask[:, q : q + group] = kept if isinstance(pattern, NM) else kept.view(scores.T.shape).T
-        errors[:, q] = torch.where(mask[:, q], 0, W[:, q]) / U[q, q]
-        W[:, q:] -= torch.outer(errors[:, q], U[q, q:])
+        if q % group == 0:
+            start, scores = q, (W[:, q : q + group] * importance[q : q + group]).square()
+            if keep is None:
+                mask = mask.clone()
+                mask[:, q : q + group] = _survivors(scores, pattern)
+        errors = torch.where(mask[:, q], 0, W[:, q]) / U[q, q]
+        compensation = torch.zeros_like(W)
+        compensation[:, q + 1 :] = -torch.outer(errors, U[q, q + 1 :])
+        W = W + compensation
         W[:, q].masked_fill_(~mask[:, q], 0)
-    return W.to(weight.dtype), errors
+        yield Step(q, start, W, mask, scores, errors, compensation)
+
+
+def _survivors(scores: Float[Tensor, "d_out group"], pattern: Pattern) -> Bool[Tensor, "d_out group"]:
+    """N:M competes within each row; unstructured over all rows, input by input where scores are equal."""
+    if isinstance(pattern, NM):
+        return keep_largest(scores, pattern)
+    return keep_largest(scores.T.flatten(), pattern).view(scores.T.shape).T
 
 
 def _check_sweep(

@@ -1,0 +1,205 @@
+"""Sweeps repeated over seeds: a line a method through the means, in a band from the lowest seed to the highest."""
+
+import math
+from typing import Any, Literal
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, MultipleLocator, NullLocator
+
+from sparselab.figures.style import GREY, captioned, method_style, new_figure
+from sparselab.solvers import NM, parse_sparsity
+from sparselab.sweep import SETTING_COLUMNS, TEXT_COLUMNS
+
+Setting = Literal["sparsity", "percdamp", "nsamples"]
+Measured = Literal["perplexity", "relative_error", "calibration_error", "heldout_error"]
+
+_X_LABELS = {
+    "sparsity": "realised sparsity of the pruned layers (%)",
+    "percdamp": "percdamp (damping, as a fraction of the mean diagonal of H)",
+    "nsamples": "nsamples (calibration windows)",
+}
+_Y_LABELS = {
+    "perplexity": "held-out perplexity",
+    "relative_error": "relative layer error, mean over layers",
+    "calibration_error": "on calibration tokens",
+    "heldout_error": "on held-out tokens",
+}
+_HALO = withStroke(linewidth=3, foreground="white")  # names stay legible where a line runs below them
+
+
+def curves(
+    runs: pd.DataFrame,
+    x: Setting,
+    caption: str,
+    y: Measured = "perplexity",
+    dense: float | None = None,
+) -> Figure:
+    """Perplexity or layer error against one setting: a line a method, its mean over seeds in a band of their range.
+
+    Against sparsity, N:M patterns stand apart from the lines, as open markers with their names and bars for the range.
+    Where a Hessian could not be factored there is an x on the top edge, with how many of the seeds failed.
+
+    Args:
+        runs: a row a run, as `Workbench.runs` or `experiment.read_results` gives them, without a row of the dense
+            model; apart from x and the seed, a method's runs have one setting.
+        x: what changes along the axis.
+        caption: model, tokens, seeds and what is not on the axes, drawn under the figure.
+        y: what is measured; on a log axis where it changes more than twofold.
+        dense: value of y of the dense model, drawn as a line.
+
+    Raises:
+        ValueError: no runs, an unknown x or y, or runs that differ in something else; filter them first.
+    """
+    figure, (ax,) = new_figure(7.0, 4.8, 1, 1)
+    _draw_panel(ax, over_seeds(runs, x, y), x, dense)
+    ax.set_ylabel(_Y_LABELS[y] + _scale_note(ax))
+    return captioned(figure, caption)
+
+
+def calibration_and_heldout(asked: pd.DataFrame, x: Setting, caption: str) -> Figure:
+    """One layer's relative error on the tokens it was calibrated on, and beside it on held-out ones, on one scale.
+
+    Args:
+        asked: the table of `analysis.ask_all`, for one layer.
+        x, caption: see `curves`.
+
+    Raises:
+        ValueError: see `curves`.
+    """
+    figure, axes = new_figure(10.0, 4.6, 1, 2, sharey=True)
+    errors: tuple[Measured, Measured] = ("calibration_error", "heldout_error")
+    for ax, y in zip(axes, errors, strict=True):
+        _draw_panel(ax, over_seeds(asked, x, y), x, None)
+        ax.set_title(_Y_LABELS[y], pad=22 if asked.failure.any() else None)
+    axes[0].set_ylabel("relative layer error" + _scale_note(axes[0]))
+    return captioned(figure, caption)
+
+
+def over_seeds(
+    runs: pd.DataFrame,
+    x: Setting,
+    y: Measured = "perplexity",
+) -> pd.DataFrame:
+    """The numbers that `curves` draws, a row a point.
+
+    Args, Raises: see `curves`.
+
+    Returns:
+        method; pattern, percdamp or nsamples; at, the place on the x axis (realised sparsity in %, or for a failed
+        run what its pattern asks for); seeds; failed, how many of them; mean, min and max of y over the others.
+    """
+    _check(runs, x, y)
+    varied = "pattern" if x == "sparsity" else x
+    failed = runs["failure"].fillna("").ne("") if "failure" in runs else runs[y].isna()
+    shown = runs.reindex(columns=["method", varied, y]).assign(failed=failed, at=runs.get(x))
+    table = shown.groupby(["method", varied], sort=False).agg(
+        at=("at", "mean"), seeds=("failed", "size"), failed=("failed", "sum"),
+        mean=(y, "mean"), min=(y, "min"), max=(y, "max"),
+    ).reset_index()  # fmt: skip
+    if x == "sparsity":
+        asked = table.pattern.map(lambda pattern: parse_sparsity(pattern).fraction)
+        table["at"] = 100 * table["at"].astype(float).fillna(asked)
+    order = {method: number for number, method in enumerate(runs.method.unique())}
+    return table.sort_values("at", kind="stable").sort_values(
+        "method", key=lambda names: names.map(order), kind="stable", ignore_index=True
+    )
+
+
+def _check(runs: pd.DataFrame, x: str, y: str) -> None:
+    for name, value, known in (("x", x, _X_LABELS), ("y", y, _Y_LABELS)):
+        if value not in known:
+            raise ValueError(f"{name}: expected one of {', '.join(known)}, received {value!r}")
+    if runs.empty:
+        raise ValueError("runs: expected a row a run, received none")
+    fixed = [name for name in SETTING_COLUMNS if name != ("pattern" if x == "sparsity" else x)]
+    for part, names in ((runs, TEXT_COLUMNS), *((rows, fixed) for _, rows in runs.groupby("method"))):
+        for name in runs.columns.intersection(list(names)):
+            values = part[name].astype(str).unique()
+            if len(values) > 1:
+                raise ValueError(f"runs: expected one {name} along {x}, received {', '.join(values)}; choose one")
+
+
+def _is_grouped(pattern: str) -> bool:
+    return isinstance(parse_sparsity(pattern), NM)
+
+
+def _draw_panel(ax: Axes, table: pd.DataFrame, x: Setting, dense: float | None) -> None:
+    if dense is not None:
+        ax.axhline(dense, color=GREY, linestyle=(0, (1, 1)), label=f"dense ({dense:.2f})")
+    for method in table.method.unique():
+        points = table[table.method == method]
+        apart = points.pattern.map(_is_grouped) if x == "sparsity" else points.method.isna()
+        _draw_line(ax, points[~apart], method)
+        _draw_apart(ax, points[apart], method)
+    _scale_y(ax, [*table["min"].dropna(), *table["max"].dropna(), *([] if dense is None else [dense])])
+    _scale_x(ax, x, sorted(table["at"].unique()))
+    ax.set_xlabel(_X_LABELS[x])
+    _draw_failures(ax, table[table.failed > 0])
+    ax.legend(facecolor="white", framealpha=0.9, edgecolor="none")
+
+
+def _scale_note(ax: Axes) -> str:
+    return " (log scale)" if ax.get_yscale() == "log" else ""
+
+
+def _draw_line(ax: Axes, points: pd.DataFrame, method: str) -> None:
+    if points["mean"].notna().any():
+        style = method_style(method)
+        ax.plot(points["at"], points["mean"], label=method, **style)
+        ax.fill_between(points["at"], points["min"], points["max"], color=style["color"], alpha=0.2, linewidth=0)
+
+
+def _draw_apart(ax: Axes, points: pd.DataFrame, method: str) -> None:
+    style = method_style(method) | {"linestyle": "none", "markerfacecolor": "white", "markersize": 8}
+    for number, (_, point) in enumerate(points[points["mean"].notna()].iterrows()):
+        at, mean = point["at"], point["mean"]
+        ax.errorbar(at, mean, [[mean - point["min"]], [point["max"] - mean]], capsize=3, **style)
+        # Patterns of one sparsity stand above each other: their names alternate between the sides.
+        side, align = ((9, "left"), (-9, "right"))[number % 2]
+        look: dict[str, Any] = {"fontsize": 8, "ha": align, "va": "center", "path_effects": [_HALO]}
+        ax.annotate(point["pattern"], (at, mean), (side, 0), textcoords="offset points", **look)
+
+
+def _draw_failures(ax: Axes, points: pd.DataFrame) -> None:
+    """An x on the top edge for each point, with how many of its seeds failed."""
+    top = ax.get_xaxis_transform()
+    for _, point in points.iterrows():
+        colour = method_style(point["method"])["color"]
+        ax.plot(point["at"], 1, marker="x", markersize=9, markeredgewidth=2, color=colour, transform=top, clip_on=False)
+        text = "failed" if point["failed"] == point["seeds"] else f"{point['failed']} of {point['seeds']} failed"
+        ax.annotate(text, (point["at"], 1), (0, 8), xycoords=top, textcoords="offset points", ha="center", fontsize=8)
+    if len(points):
+        ax.plot([], [], "x", color=GREY, markersize=8, markeredgewidth=2, label="Hessian could not be factored")
+
+
+def _scale_y(ax: Axes, measured: list[float]) -> None:
+    """A log scale where the values change more than twofold, with ticks close enough to read numbers from."""
+    low, high = (min(measured), max(measured)) if measured else (1.0, 1.0)
+    if low <= 0 or high < 2 * low:
+        ax.yaxis.set_major_locator(MaxNLocator(7, steps=[1, 2, 5, 10]))
+        return
+    decades = math.log10(high / low)
+    ax.set_yscale("log")
+    fine, medium, coarse = (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8), (1, 1.2, 1.5, 2, 3, 5, 7), (1, 2, 5)
+    ax.yaxis.set_major_locator(LogLocator(subs=fine if decades < 0.7 else medium if decades < 1.5 else coarse))
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.yaxis.set_minor_locator(NullLocator())
+
+
+def _scale_x(ax: Axes, x: str, places: list[float]) -> None:
+    """Tens of percent; or a tick at each value on a log scale, which starts linear if a value is 0."""
+    ax.margins(x=0.08)
+    if x == "sparsity":
+        ax.xaxis.set_major_locator(MultipleLocator(10))
+        return
+    smallest = min((place for place in places if place > 0), default=1.0)
+    if 0 in places:
+        ax.set_xscale("symlog", linthresh=smallest)
+    else:
+        ax.set_xscale("log")
+    ax.xaxis.set_major_locator(FixedLocator(places))
+    ax.xaxis.set_major_formatter("{x:g}")
+    ax.xaxis.set_minor_locator(NullLocator())
