@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparselab.errors import NonFiniteError
 from sparselab.models.blocks import Decoder, evaluating
-from sparselab.models.inputs import batches, check_tokens
+from sparselab.models.inputs import as_windows, batches, check_tokens
 from sparselab.progress import Progress, tracked
 
 # Logits held at a time, in elements: 128 MiB in float32, whatever the size of the vocabulary.
@@ -83,8 +83,28 @@ def perplexity(
 
 
 def bits_per_byte(ppl: Perplexity, tokens: Int[Tensor, "windows seqlen"], tokenizer: PreTrainedTokenizerBase) -> float:
-    """The same loss per byte of text, in bits: comparable between vocabularies, as perplexity is not."""
-    predicted = sum(len(text.encode()) for text in tokenizer.batch_decode(tokens[:, 1:].tolist()))
+    """The same loss per byte of text, in bits: comparable between vocabularies, as perplexity is not.
+
+    Args:
+        ppl: from `perplexity`.
+        tokens: the very windows that it was measured on.
+        tokenizer: the model's.
+
+    Raises:
+        ValueError: other windows than those of the perplexity, or windows without text.
+        TypeError: not a perplexity, or no windows.
+    """
+    if not isinstance(ppl, Perplexity):
+        raise TypeError(f"ppl: expected what perplexity gives, received {type(ppl).__name__}")
+    windows = as_windows(tokens)
+    if windows.shape != (len(ppl.nll), ppl.seqlen):
+        raise ValueError(
+            f"tokens: expected the {len(ppl.nll)} windows of {ppl.seqlen} tokens that the perplexity was measured on, "
+            f"received shape {tuple(windows.shape)}"
+        )
+    predicted = sum(len(text.encode()) for text in tokenizer.batch_decode(windows[:, 1:].tolist()))
+    if not predicted:
+        raise ValueError("tokens: expected windows of text, received tokens that stand for none")
     nats = ppl.nll.sum().item() * (ppl.seqlen - 1)
     return nats / math.log(2) / predicted
 

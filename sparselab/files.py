@@ -6,8 +6,9 @@ import os
 import platform
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,84 +17,99 @@ from sparselab.errors import OutputError
 if TYPE_CHECKING:
     import pandas as pd
 
-# Written into every output folder; its presence is what allows --overwrite to replace a folder.
+# Written into every output folder: what is listed in it may be replaced by --overwrite, and nothing else.
 STAMP = "sparselab.json"
 
 
-def prepare_output(path: str | Path, overwrite: bool = False) -> Path:
-    """Create an output folder, or empty one that sparselab wrote earlier.
-
-    Args:
-        path: a folder that is absent, empty, or (with `overwrite`) an earlier output.
-        overwrite: replace an earlier output.
-
-    Raises:
-        OutputError: it holds something, is a file, or cannot be written.
-    """
-    folder = check_output(path, overwrite)
-    if folder.exists():
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True)
-    return folder
-
-
 @contextmanager
-def finished_output(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
-    """A temporary folder beside the output that takes its place when the work inside succeeds, and goes if it fails.
+def finished_output(path: str | Path, overwrite: bool = False, inputs: Iterable[str | Path] = ()) -> Iterator[Path]:
+    """A folder beside the output to write to; it takes the output's place once the work inside is done.
 
-    Args, Raises: see `prepare_output`.
+    If the work fails, the folder goes again; but with a stamp in it, it holds something finished: then it stays, and a
+    note on the error says where. It also stays if something else has come to lie at the output's place meanwhile.
+
+    Args, Raises: see `check_output`.
     """
-    folder = check_output(path, overwrite)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=folder.parent))
+    folder = check_output(path, overwrite, inputs)
+    before, absent, done = _contents(folder), _absent(folder), False
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=_prefix(folder), dir=folder.parent))
     try:
         yield partial
-        partial.chmod(0o755)
-        if folder.exists():
-            shutil.rmtree(folder)
-        partial.replace(folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        done = True
+        _put_in_place(partial, folder, before)
+    except BaseException as error:
+        if done or (partial / STAMP).is_file():
+            error.add_note(f"what was finished is kept in {partial}")
+        else:
+            shutil.rmtree(partial, ignore_errors=True)
+            _remove_empty(absent)
         raise
 
 
-def check_output(path: str | Path, overwrite: bool = False) -> Path:
-    """The output path, once it is known that a folder can be written there; creates its parents, nothing else.
+def check_output(path: str | Path, overwrite: bool = False, inputs: Iterable[str | Path] = ()) -> Path:
+    """The output's resolved path, once it is known that a folder can be put there; leaves everything as it was.
 
-    Args, Raises: see `prepare_output`.
+    Args:
+        path: a folder that is absent, empty, or (with `overwrite`) an earlier output and nothing but that.
+        overwrite: allow an earlier output.
+        inputs: files and folders that the work reads; the output may not be one of them, in one or around one.
+
+    Raises:
+        OutputError: it holds something, is a file, an input, a mount point or the current folder, or cannot be written.
     """
-    folder = Path(path).absolute()
-    if folder.exists() and not folder.is_dir():
-        raise OutputError(f"{path}: expected a folder to write to, found a file; choose another --out")
-    if folder.exists() and any(folder.iterdir()):
-        if not overwrite:
-            raise OutputError(f"{path}: expected an empty folder, found files in it; pass --overwrite or another --out")
-        if not (folder / STAMP).is_file():
-            raise OutputError(f"{path}: has no {STAMP}, so sparselab did not write it and will not overwrite it")
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder if folder.exists() else folder.parent):
-            pass
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written ({error.strerror}); choose another --out") from error
+        folder = Path(path).resolve()
+        if folder.exists():
+            _check_replaceable(path, folder, overwrite)
+        _check_place(path, folder, inputs)
+        _try_writing(folder)
+    except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links
+        reason = getattr(error, "strerror", None) or error
+        raise OutputError(f"{path}: cannot be written ({reason}); choose another --out") from error
     return folder
 
 
 def write_stamp(folder: Path, command: str, settings: dict[str, Any]) -> None:
-    """Record in an output folder what was run, with which settings and versions."""
+    """Record in an output folder what was run, with which settings and versions, and the files it holds by now."""
     packages = ("sparselab", "torch", "transformers", "tokenizers", "numpy")
-    versions = {name: importlib.metadata.version(name) for name in packages}
-    stamp = {"command": command, "settings": settings, "versions": versions, "python": platform.python_version()}
+    stamp = {
+        "command": command,
+        "settings": settings,
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "python": platform.python_version(),
+        "files": sorted(_file_names(folder) | {STAMP}),
+    }
     write_text(folder / STAMP, json.dumps(stamp, indent=2, default=str) + "\n")
+
+
+def read_stamp(folder: Path) -> dict[str, Any] | None:
+    """What `write_stamp` recorded; None if there is nothing or nothing legible."""
+    try:
+        stamp = json.loads((folder / STAMP).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return stamp if isinstance(stamp, dict) and "command" in stamp else None
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """The name under which to write a file, which then gets its own: it is there whole or not at all."""
+    partial = _partial(path)
+    try:
+        yield partial
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    with written_whole(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def markdown_table(table: "pd.DataFrame") -> str:
@@ -104,3 +120,111 @@ def markdown_table(table: "pd.DataFrame") -> str:
         *table.astype(str).to_numpy(),
     ]
     return "".join("| " + " | ".join(row) + " |\n" for row in rows)
+
+
+def _check_replaceable(path: str | Path, folder: Path, overwrite: bool) -> None:
+    if not folder.is_dir():
+        raise OutputError(f"{path}: expected a folder to write to, found a file; choose another --out")
+    if not any(folder.iterdir()):
+        return
+    stamp = read_stamp(folder)
+    if stamp is None:
+        raise OutputError(
+            f"{path}: expected an empty folder, found files in it and no {STAMP}, "
+            "so sparselab did not write them and will not overwrite them; choose another --out"
+        )
+    if not overwrite:
+        raise OutputError(f"{path}: expected an empty folder, found files in it; pass --overwrite or another --out")
+    present = _file_names(folder)
+    ours = {Path(name) for name in stamp.get("files", present)}  # stamps did not always list files
+    if strangers := sorted(present - {str(name) for file in ours for name in (file, _partial(file))}):
+        raise OutputError(
+            f"{path}: holds files that sparselab did not write, first {strangers[0]}; move them or choose another --out"
+        )
+
+
+def _check_place(path: str | Path, folder: Path, inputs: Iterable[str | Path]) -> None:
+    # The output comes into place by a rename, which neither of these survives.
+    if os.path.ismount(folder) or _lies_in(Path.cwd(), folder):
+        raise OutputError(
+            f"{path}: is a mount point or the current folder, which cannot be replaced; choose a folder inside it"
+        )
+    for given in inputs:
+        source = Path(given).resolve()
+        if source.exists() and (_lies_in(source, folder) or _lies_in(folder, source)):
+            raise OutputError(f"{path}: is, holds or lies in {given}, which is read; choose another --out")
+
+
+def _try_writing(folder: Path) -> None:
+    """Make the folder, its parents and a neighbour as the work will, and take away again what was not there."""
+    absent = _absent(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=_prefix(folder), dir=folder.parent):
+            pass
+    finally:
+        _remove_empty(absent)
+
+
+def _put_in_place(partial: Path, folder: Path, before: set[tuple[str, int, int]]) -> None:
+    """Rename the finished folder to its name; what stood there is only deleted if it still is what it was before."""
+    partial.chmod(0o755)
+    aside = partial.with_name(partial.name + ".replaced")
+    if os.path.lexists(folder):
+        folder.rename(aside)
+    try:
+        if _contents(aside) != before:
+            raise OutputError(f"{folder}: somebody else has written there meanwhile; it is left alone")
+        partial.rename(folder)
+    except BaseException:
+        if os.path.lexists(aside):
+            aside.rename(folder)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+    if aside.exists():
+        warnings.warn(f"{folder}: the output it replaces cannot be deleted and is left in {aside}", stacklevel=2)
+
+
+def _contents(folder: Path) -> set[tuple[str, int, int]]:
+    """What is in a folder, with sizes and times of change; anything but a folder is itself its contents."""
+    if not os.path.lexists(folder):
+        return set()
+    paths = folder.rglob("*") if folder.is_dir() and not folder.is_symlink() else [folder]
+    return {(str(path.relative_to(folder)), (s := path.lstat()).st_size, s.st_mtime_ns) for path in paths}
+
+
+def _file_names(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()}
+
+
+def _lies_in(inner: Path, outer: Path) -> bool:
+    """Whether a path is another or below it, by the files' identity: names may differ in case or by a bind mount."""
+    return outer.exists() and any(path.exists() and path.samefile(outer) for path in (inner, *inner.parents))
+
+
+def _absent(folder: Path) -> list[Path]:
+    """The folder and those of its parents that do not exist, innermost first."""
+    return [path for path in (folder, *folder.parents) if not path.exists()]
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    for folder in folders:
+        with suppress(OSError):
+            folder.rmdir()
+
+
+def _prefix(folder: Path) -> str:
+    return f".{folder.name[:40]}.partial-"
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f".{path.name}.partial")
+
+
+def prepare_output(path: str | Path, overwrite: bool = False) -> Path:
+    """Until compare is rewritten."""
+    folder = check_output(path, overwrite)
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    return folder

@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 from transformers import PreTrainedModel
 
 from sparselab.pruning import Report, prune
-from sparselab.solvers import pattern_from_counts
+from sparselab.solvers import Pattern, pattern_from_counts
 
 
 class _Pruner:
@@ -24,7 +24,7 @@ class _Pruner:
     def prune(
         self,
         calib_data: Any = None,
-        sparsity: float = 0.5,
+        sparsity: float | str | Pattern = 0.5,
         prunen: int = 0,
         prunem: int = 0,
         percdamp: float = 0.01,
@@ -35,7 +35,7 @@ class _Pruner:
 
         Args:
             calib_data: see `sparselab.prune`; magnitude can do without.
-            sparsity: fraction pruned, where `prunen` and `prunem` are 0.
+            sparsity: 0.5, "50%", "2:4" or a pattern, where `prunen` and `prunem` are 0.
             prunen: weights *pruned* of every `prunem`, as in the published code (2 of 4 is "2:4", 3 of 4 is "1:4").
             prunem: size of a group; 0 is unstructured.
             percdamp: of SparseGPT.
@@ -43,7 +43,7 @@ class _Pruner:
             settings: further arguments of `sparselab.prune`.
 
         Raises:
-            ValueError, SparselabError: see `sparselab.prune`.
+            ValueError, TypeError, SparselabError: see `sparselab.prune`.
         """
         if use_zero:
             raise ValueError("use_zero: models partitioned by DeepSpeed are not supported yet; load the model whole")

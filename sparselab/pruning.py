@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sparselab import solvers
-from sparselab.errors import SparselabError
+from sparselab.errors import NonFiniteError, SparselabError
 from sparselab.memory import PeakMemory
 from sparselab.methods import METHODS, Settings
 from sparselab.models.blocks import Call, Decoder, Linear, evaluating, find_linears, read_weight, write_weight
@@ -20,6 +20,7 @@ from sparselab.models.inputs import batches, check_tokens
 from sparselab.models.recording import collect_statistics, shared_tensors
 from sparselab.progress import Progress, tracked
 from sparselab.solvers import InputStatistics, Pattern
+from sparselab.solvers.checks import all_finite
 
 # Statistics of layers' inputs by full layer name; layers that see one input share one object.
 Collected = dict[str, InputStatistics]
@@ -50,7 +51,7 @@ class Report:
 
     @property
     def relative_error(self) -> float:
-        """Mean relative error over layers."""
+        """Mean relative error over the layers whose dense outputs are not all zero."""
         return float(self.layers.relative_error.mean())
 
 
@@ -89,8 +90,9 @@ def prune(
 
     Raises:
         ValueError: an argument is wrong, or the tokens do not fit the model.
-        UnsupportedModelError: no decoder blocks are found.
-        NonFiniteError: weights or inputs are NaN or infinite; the layer is named.
+        TypeError: an argument is of the wrong kind.
+        UnsupportedModelError: no decoder blocks are found, or they keep weights outside of linear layers.
+        NonFiniteError: weights, inputs or outputs are NaN or infinite; the layer is named.
         SingularHessianError: a damped Hessian is not positive definite; the layer is named.
     """
     collected = calib if isinstance(calib, dict) else None
@@ -100,7 +102,9 @@ def prune(
     if calib is None and METHODS[method].needs != "nothing":
         raise ValueError(f"calib: {method} needs calibration windows, received None; see calibration_tokens")
     decoder = Decoder(model)
+    decoder.check_prunable()
     _check_layers(decoder, settings, collected)
+    _check_other_parameters(decoder)
     windows = None if calib is None or collected is not None else check_tokens(decoder, calib)
     rows = []
     with (
@@ -139,6 +143,7 @@ def collect(
         ValueError, SparselabError: see `prune`.
     """
     decoder = Decoder(model)
+    decoder.check_prunable()
     windows = check_tokens(decoder, calib)
     wanted = set(range(len(decoder.blocks)) if blocks is None else blocks)
     if unknown := wanted - set(range(len(decoder.blocks))):
@@ -298,3 +303,12 @@ def _check_layers(decoder: Decoder, settings: Settings, collected: Collected | N
             settings.pattern.check(weight.shape[1], whole)
         except (SparselabError, ValueError) as error:
             raise type(error)(f"{name}: {error}") from error
+
+
+def _check_other_parameters(decoder: Decoder) -> None:
+    """What is not pruned has to be finite too, or a damaged model would be written; one tensor at a time."""
+    linears = decoder.linears()
+    for name, parameter in decoder.model.named_parameters():
+        checked = name.removesuffix(".weight") in linears or not parameter.is_floating_point()
+        if not checked and not all_finite(parameter):
+            raise NonFiniteError(f"{name}: expected finite values, received NaN or infinite ones; load the model again")

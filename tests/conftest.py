@@ -1,6 +1,7 @@
 """Small models, a small tokenizer, and shapes checked at run time in everything that handles tensors."""
 
 import os
+import shutil
 
 from jaxtyping import config, install_import_hook
 
@@ -49,13 +50,22 @@ FAMILIES = {
 }
 
 
+def chrome() -> str | None:
+    """Where a browser is, if there is one."""
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+    return next((path for path in map(shutil.which, names) if path), None)
+
+
 def pytest_collection_modifyitems(items):
     """Skip, with the reason, what this machine cannot run."""
     cannot = {"gpu": not torch.cuda.is_available(), "network": os.environ["HF_HUB_OFFLINE"] == "1"}
+    needs = {name: f"a {name}" for name, lacking in cannot.items() if lacking}
+    if chrome() is None:
+        needs["browser"] = "a browser: install Debian's chromium (apt-get install chromium), or Chrome"
     for item in items:
-        for name, lacking in cannot.items():
-            if lacking and item.get_closest_marker(name):
-                item.add_marker(pytest.mark.skip(reason=f"needs a {name}"))
+        for name, what in needs.items():
+            if item.get_closest_marker(name):
+                item.add_marker(pytest.mark.skip(reason=f"needs {what}"))
 
 
 @pytest.fixture(params=FAMILIES)

@@ -88,6 +88,28 @@ def test_bad_tokens(llama):
         perplexity(llama, torch.full((1, 4), 999))
 
 
+@pytest.mark.usefixtures("untyped")
+def test_bits_per_byte_of_other_windows_is_refused(llama, tokens, tokenizer):
+    ppl = perplexity(llama, tokens)
+    for other in (tokens[:2], tokens[:, :7], tokens[0]):
+        with pytest.raises(ValueError, match="tokens: expected the 10 windows of 24 tokens"):
+            bits_per_byte(ppl, other, tokenizer)
+    with pytest.raises(TypeError, match="expected token windows, received NoneType"):
+        bits_per_byte(ppl, None, tokenizer)
+    with pytest.raises(TypeError, match="ppl: expected what perplexity gives, received float"):
+        bits_per_byte(12.5, tokens, tokenizer)
+    silent = evaluation.Perplexity(torch.ones(1, dtype=torch.float64), 2)
+    with pytest.raises(ValueError, match="tokens that stand for none"):
+        bits_per_byte(silent, torch.zeros(1, 2, dtype=torch.long), Silent())
+
+
+class Silent:
+    """A tokenizer whose tokens are all without text."""
+
+    def batch_decode(self, rows):
+        return [""] * len(rows)
+
+
 def test_bits_per_byte_by_hand(tokenizer):
     tokens = torch.tensor([tokenizer("def f(x): return x")["input_ids"]])
     uniform = evaluation.Perplexity(torch.tensor([math.log(8)], dtype=torch.float64), tokens.shape[1])

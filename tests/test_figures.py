@@ -50,6 +50,15 @@ def test_layer_figure_has_a_panel_a_method_and_a_line_a_projection():
         figures.layer_errors(layers(), "60%", "")
 
 
+@pytest.mark.parametrize("errors", [0.0, float("nan")])
+def test_layers_without_any_error_need_no_log_scale(errors, tmp_path):
+    figure = figures.layer_errors(layers().assign(relative_error=errors), "50%", "")
+    figure.savefig(tmp_path / "f.png")  # warnings are errors
+    assert [ax.get_yscale() for ax in figure.axes] == ["linear", "linear"]
+    assert figure.axes[0].get_ylabel() == "relative layer error (linear scale)"
+    assert figures.layer_errors(layers(), "50%", "").axes[0].get_ylabel() == "relative layer error (log scale)"
+
+
 def test_nothing_is_left_in_pyplot():
     import matplotlib.pyplot as plt
 

@@ -31,6 +31,20 @@ def test_prunen_counts_the_pruned(llama, tokens):
     assert realised_sparsity(llama.model.layers[0].mlp.up_proj.weight) == 0.75
 
 
+def test_a_pattern_in_words(llama, tokens):
+    pruner = sparselab.SparseGPT(llama)
+    pruner.prune(tokens, sparsity="2:4", progress=False)
+    assert str(pruner.report.settings.pattern) == "2:4"
+
+
+@pytest.mark.usefixtures("untyped")
+def test_counts_are_whole(llama, tokens):
+    with pytest.raises(TypeError, match=r"prunen: expected a whole number, received float 2\.0"):
+        sparselab.SparseGPT(llama).prune(tokens, prunen=2.0, prunem=4)
+    with pytest.raises(TypeError, match=r"prunem: expected a whole number, received float 4\.5"):
+        sparselab.SparseGPT(llama).prune(tokens, prunen=2, prunem=4.5)
+
+
 def test_refusals(llama, tokens):
     with pytest.raises(ValueError, match="use_zero"):
         sparselab.SparseGPT(llama).prune(tokens, use_zero=True)

@@ -4,15 +4,19 @@ import pytest
 import torch
 from conftest import FAMILIES, tiny_llama
 from torch.utils.data import DataLoader
+from transformers import MixtralConfig, MixtralForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 import sparselab
 from sparselab import solvers
-from sparselab.errors import NonFiniteError, SingularHessianError
+from sparselab.errors import NonFiniteError, SingularHessianError, UnsupportedModelError
 from sparselab.methods import METHODS, Settings
 from sparselab.models.blocks import Decoder, read_weight
 from sparselab.pruning import collect, collect_nested, prune
 
 QUIET = {"progress": False}
+SHAPE = {
+    "vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+}  # fmt: skip
 
 
 def weights(model):
@@ -229,6 +233,7 @@ def test_measuring_the_error_changes_no_weight(tokens):
         ({"sparsity": "2:4", "blocksize": 6}, "M must divide blocksize, received blocksize 6"),
         ({"percdamp": -0.1}, "percdamp: expected a finite number ≥ 0, received -0.1"),
         ({"percdamp": math.nan}, "percdamp"),
+        ({"percdamp": 10**400}, "percdamp: expected a finite number ≥ 0, received 1000"),
         ({"blocksize": 0}, "blocksize: expected at least 1"),
         ({"propagate": "sideways"}, "propagate: expected 'pruned' or 'dense'"),
         ({"calib": None}, "sparsegpt needs calibration windows"),
@@ -256,9 +261,101 @@ def test_bad_weights_are_named_before_anything_is_done(llama, tokens):
 
 def test_bad_inputs_are_named(llama, tokens):
     with torch.no_grad():
-        llama.model.layers[1].input_layernorm.weight[0] = math.inf
+        llama.model.layers[1].input_layernorm.weight[:] = torch.finfo(torch.float32).max
     with pytest.raises(NonFiniteError, match=r"model\.layers\.1\.self_attn\.q_proj: a layer's inputs"):
         prune(llama, tokens, **QUIET)
+
+
+@pytest.mark.parametrize(
+    "name", ["lm_head.weight", "model.embed_tokens.weight", "model.norm.weight", "model.layers.1.self_attn.q_proj.bias"]
+)
+@pytest.mark.parametrize("calibrated", [True, False])
+def test_damage_outside_the_pruned_weights_is_named_too(tokens, name, calibrated):
+    llama = tiny_llama(attention_bias=True)
+    with torch.no_grad():
+        llama.get_parameter(name).view(-1)[5] = math.nan
+    before = weights(llama)
+    with pytest.raises(NonFiniteError, match=rf"{name}: expected finite values"):
+        prune(llama, tokens if calibrated else None, "magnitude", **QUIET)
+    assert all(torch.equal(weight, before[layer]) for layer, weight in weights(llama).items())
+
+
+def test_a_layer_whose_outputs_cannot_be_measured_is_an_error_and_not_left_out_of_the_mean(llama, tokens):
+    with torch.no_grad():
+        llama.model.layers[1].self_attn.q_proj.weight.mul_(1e22)  # its squared outputs exceed float32
+    with pytest.raises(NonFiniteError, match=r"model\.layers\.1\.self_attn\.q_proj: the outputs' squared error"):
+        prune(llama, tokens, "magnitude", **QUIET)
+
+
+def test_too_much_damping_is_named(llama, tokens):
+    with pytest.raises(NonFiniteError, match=r"model\.layers\.0\.self_attn\.q_proj: .* lower percdamp"):
+        prune(llama, tokens, percdamp=1e300, **QUIET)
+
+
+def test_a_compensated_weight_that_does_not_fit_is_named(llama, tokens):
+    collected = collect(llama, tokens, **QUIET)
+    with torch.no_grad():
+        llama.half().model.layers[2].mlp.up_proj.weight.fill_(6.5e4)
+    with pytest.raises(
+        NonFiniteError, match=r"layers\.2\.mlp\.up_proj: the compensated weight does not fit torch.float16"
+    ):
+        prune(llama, collected, measure_error=False, **QUIET)
+
+
+def test_a_layer_without_outputs_has_no_relative_error(llama, tokens):
+    with torch.no_grad():
+        llama.model.layers[1].mlp.gate_proj.weight.zero_()
+    report = prune(llama, tokens, "magnitude", **QUIET)
+    lacking = report.layers[report.layers.relative_error.isna()]
+    assert ("mlp.gate_proj", 1) in zip(lacking.layer, lacking.block, strict=True)
+    assert report.relative_error == report.layers.relative_error.dropna().mean()
+
+
+@pytest.mark.parametrize(
+    "experts",
+    [
+        lambda: MixtralForCausalLM(MixtralConfig(**SHAPE, num_key_value_heads=2, num_local_experts=4)),
+        lambda: Qwen2MoeForCausalLM(Qwen2MoeConfig(**SHAPE, num_key_value_heads=2, num_experts=4)),
+    ],
+)
+def test_stacked_experts_are_refused_and_not_passed_over(experts, tokens):
+    model = experts()
+    before = weights(model)
+    for work in (lambda: prune(model, None, "magnitude", **QUIET), lambda: collect(model, tokens, **QUIET)):
+        with pytest.raises(
+            UnsupportedModelError, match=r"model\.layers\.0\.mlp\.experts\.gate_up_proj: expected weights"
+        ):
+            work()
+    assert all(torch.equal(weight, before[layer]) for layer, weight in weights(model).items())
+
+
+def test_inference_mode_around_it_changes_nothing(tokens):
+    with torch.inference_mode():
+        loaded = tiny_llama()  # its parameters are inference tensors
+        inside = prune(loaded, tokens.clone(), **QUIET)
+    outside = tiny_llama()
+    report = prune(outside, tokens, **QUIET)
+    assert list(inside.layers.relative_error) == list(report.layers.relative_error)
+    assert all(torch.equal(a, b) for a, b in zip(weights(loaded).values(), weights(outside).values(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"blocksize": "128"}, "blocksize: expected a whole number, received str '128'"),
+        ({"blocksize": None}, "blocksize: expected a whole number, received NoneType None"),
+        ({"blocksize": 1.5}, "blocksize: expected a whole number, received float 1.5"),
+        ({"percdamp": "x"}, "percdamp: expected a number, received str 'x'"),
+        ({"percdamp": None}, "percdamp: expected a number, received NoneType None"),
+        ({"batch_size": 1.5}, "batch_size: expected a whole number, received float 1.5"),
+    ],
+)
+@pytest.mark.usefixtures("untyped")
+def test_arguments_of_the_wrong_kind_change_nothing(llama, tokens, arguments, message):
+    before = weights(llama)
+    with pytest.raises(TypeError, match=message):
+        prune(llama, tokens, **arguments, **QUIET)
+    assert all(torch.equal(weight, before[name]) for name, weight in weights(llama).items())
 
 
 def test_a_singular_hessian_is_named_and_never_replaced(llama, monkeypatch):

@@ -46,6 +46,8 @@ def sparsity_perplexity(runs: pd.DataFrame, caption: str) -> Figure:
 def layer_errors(layers: pd.DataFrame, pattern: str, caption: str) -> Figure:
     """Relative layer error by depth: one panel a method, one line a projection, one scale for all.
 
+    The scale is logarithmic where there is an error at all; a model that was pruned before has none.
+
     Args:
         layers: the layers' table of a `Comparison`.
         pattern: which of its patterns to show, as "60%" or "2:4".
@@ -58,6 +60,7 @@ def layer_errors(layers: pd.DataFrame, pattern: str, caption: str) -> Figure:
     if shown.empty:
         raise ValueError(f"pattern: expected one of {', '.join(layers.pattern.unique())}, received {pattern!r}")
     methods = list(shown.method.unique())
+    scale = "log" if (shown.relative_error > 0).any() else "linear"
     figure, axes = new_figure(4.0 * len(methods), 4.8, 1, len(methods), sharey=True)
     for ax, method in zip(axes, methods, strict=True):
         panel = shown[shown.method == method]
@@ -66,9 +69,9 @@ def layer_errors(layers: pd.DataFrame, pattern: str, caption: str) -> Figure:
             ax.plot(line.block, line.relative_error, label=name.rpartition(".")[2], **style)
         ax.set_title(method)
         ax.set_xlabel("block")
-        ax.set_yscale("log")
+        ax.set_yscale(scale)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes[0].set_ylabel("relative layer error (log scale)")
+    axes[0].set_ylabel(f"relative layer error ({scale} scale)")
     axes[-1].legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     realised = 100 * shown.sparsity.mean()
     return captioned(figure, f"{pattern} (realised {realised:.2f}%); {caption}")

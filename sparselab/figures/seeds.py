@@ -129,11 +129,13 @@ def _is_grouped(pattern: str) -> bool:
 def _draw_panel(ax: Axes, table: pd.DataFrame, x: Setting, dense: float | None) -> None:
     if dense is not None:
         ax.axhline(dense, color=GREY, linestyle=(0, (1, 1)), label=f"dense ({dense:.2f})")
+    apart = table.pattern.map(_is_grouped).astype(bool) if x == "sparsity" else table.method.isna()
     for method in table.method.unique():
-        points = table[table.method == method]
-        apart = points.pattern.map(_is_grouped) if x == "sparsity" else points.method.isna()
-        _draw_line(ax, points[~apart], method)
-        _draw_apart(ax, points[apart], method)
+        of_method = table.method == method
+        _draw_line(ax, table[of_method & ~apart], method)
+        _draw_apart(ax, table[of_method & apart], method)
+    if apart.any():
+        _name_apart(ax, table[apart])
     _scale_y(ax, [*table["min"].dropna(), *table["max"].dropna(), *([] if dense is None else [dense])])
     _scale_x(ax, x, sorted(table["at"].unique()))
     ax.set_xlabel(_X_LABELS[x])
@@ -154,13 +156,18 @@ def _draw_line(ax: Axes, points: pd.DataFrame, method: str) -> None:
 
 def _draw_apart(ax: Axes, points: pd.DataFrame, method: str) -> None:
     style = method_style(method) | {"linestyle": "none", "markerfacecolor": "white", "markersize": 8}
-    for number, (_, point) in enumerate(points[points["mean"].notna()].iterrows()):
+    for _, point in points[points["mean"].notna()].iterrows():
         at, mean = point["at"], point["mean"]
         ax.errorbar(at, mean, [[mean - point["min"]], [point["max"] - mean]], capsize=3, **style)
-        # Patterns of one sparsity stand above each other: their names alternate between the sides.
+
+
+def _name_apart(ax: Axes, points: pd.DataFrame) -> None:
+    """Each pattern's name once, beside its highest marker; patterns of one sparsity take turns between the sides."""
+    highest = points.dropna(subset="mean").sort_values("mean").drop_duplicates("pattern", keep="last")
+    for number, (_, point) in enumerate(highest.iterrows()):
         side, align = ((9, "left"), (-9, "right"))[number % 2]
         look: dict[str, Any] = {"fontsize": 8, "ha": align, "va": "center", "path_effects": [_HALO]}
-        ax.annotate(point["pattern"], (at, mean), (side, 0), textcoords="offset points", **look)
+        ax.annotate(point["pattern"], (point["at"], point["mean"]), (side, 0), textcoords="offset points", **look)
 
 
 def _draw_failures(ax: Axes, points: pd.DataFrame) -> None:

@@ -53,7 +53,8 @@ class Decoder:
     @property
     def positions(self) -> int | None:
         """The longest context the model's configuration allows, in tokens; None if it states none."""
-        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        stated: int | None = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return stated if stated and stated > 0 else None  # XLNet says -1
 
     @property
     def device(self) -> torch.device:
@@ -67,6 +68,18 @@ class Decoder:
             for index, block in enumerate(self.blocks)
             for name, linear in find_linears(block).items()
         }
+
+    def check_prunable(self) -> None:
+        """Raise UnsupportedModelError where blocks keep matrices outside of linear layers, as stacked experts do."""
+        for name, module in self.blocks.named_modules(prefix=self.blocks_name):
+            for own, parameter in module.named_parameters(recurse=False):
+                vector = parameter.numel() == max(parameter.shape, default=1)  # RWKV keeps some as [1, 1, d]
+                if parameter.ndim >= 3 and not vector and not isinstance(module, nn.modules.conv._ConvNd):
+                    raise UnsupportedModelError(
+                        f"{name}.{own}: expected weights in linear layers, received a parameter "
+                        f"{tuple(parameter.shape)}; models that stack their experts' matrices (mixture of experts) "
+                        "cannot be pruned yet"
+                    )
 
     def embed(self, input_ids: Int[Tensor, "batch seq"]) -> tuple[Float[Tensor, "batch seq hidden"], list[Call]]:
         """Run everything before block 0, and record what each block would be called with.
@@ -88,7 +101,7 @@ class Decoder:
             calls.append(call)
             return self._as_block_output(hidden)
 
-        with self._blocks_replaced(record):
+        with self._blocks_replaced(record), self._replay():
             self.backbone(input_ids=input_ids.to(self.device), use_cache=False)
         if len(calls) != len(self.blocks):
             raise UnsupportedModelError(
@@ -101,7 +114,8 @@ class Decoder:
         self, index: int, hidden: Float[Tensor, "batch seq hidden"], call: Call
     ) -> Float[Tensor, "batch seq hidden"]:
         """Call one block with recorded arguments; returns the hidden states it sends on."""
-        output = self.blocks[index](hidden, *call.args, **call.kwargs)
+        with self._replay():
+            output = self.blocks[index](hidden, *call.args, **call.kwargs)
         sent_on: Tensor = output[0] if isinstance(output, tuple) else output
         return sent_on
 
@@ -119,6 +133,17 @@ class Decoder:
         with self._blocks_replaced(answer):
             logits: Tensor = self.model(input_ids=any_ids, use_cache=False).logits
         return logits
+
+    @contextmanager
+    def _replay(self) -> Iterator[None]:
+        # A model that passes its blocks other things than hidden states, or asks other things back, trips over it.
+        try:
+            yield
+        except (TypeError, ValueError, AttributeError) as error:
+            raise UnsupportedModelError(
+                f"{type(self.model).__name__}: expected a model that passes hidden states from block to block of "
+                f"{self.blocks_name}, and nothing else; received {type(error).__name__}: {error}"
+            ) from error
 
     def _as_block_output(self, hidden: Tensor) -> Any:
         return (hidden,) if self._returns_tuple else hidden
@@ -152,16 +177,20 @@ def read_weight(linear: Linear) -> Float[Tensor, "d_out d_in"]:
 
 def write_weight(linear: Linear, weight: Float[Tensor, "d_out d_in"]) -> None:
     """Put values into the layer's weight in place, whatever its storage, dtype and device."""
-    read_weight(linear).copy_(weight)
+    with torch.inference_mode(linear.weight.is_inference()):  # such tensors can be changed nowhere else
+        read_weight(linear).copy_(weight)
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """No dropout and no gradients inside; every module's own training flag is put back afterwards."""
+    """No dropout and no gradients inside; every module's own training flag is put back afterwards.
+
+    Inference mode is left too: its tensors count no changes, and layers that share an input are told by that.
+    """
     flags = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():
             yield
     finally:
         for module, training in flags.items():

@@ -8,6 +8,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from sparselab.models.blocks import Decoder
+from sparselab.solvers.checks import check_whole
 
 # Tokens of one forward pass. Small batches keep a block's activations in the CPU's caches; a GPU wants more work.
 _CPU_TOKENS, _GPU_TOKENS = 1024, 16384
@@ -64,9 +65,8 @@ def batches(
     if batch_size is None:
         at_once = _CPU_TOKENS if device.type == "cpu" else _GPU_TOKENS
         batch_size = max(1, at_once // tokens.shape[1])
-    if batch_size < 1:
-        raise ValueError(f"batch_size: expected at least 1, received {batch_size}")
-    yield from tokens.split(batch_size)
+    check_whole("batch_size", batch_size, 1)
+    yield from tokens.split(int(batch_size))
 
 
 def _element(element: Any) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparselab.errors import SparselabError
+from sparselab.errors import SparselabError, UnsupportedModelError
 from sparselab.models.blocks import Call, Linear, find_linears, read_weight
 from sparselab.solvers import InputStatistics
 
@@ -30,7 +30,8 @@ def collect_statistics(block: nn.Module, block_name: str, with_hessian: bool) ->
 
     Raises:
         NonFiniteError: an input is NaN or infinite; names the layer.
-        SparselabError: a layer was not called, or shares its input in some passes only.
+        UnsupportedModelError: a layer was not called.
+        SparselabError: a layer shares its input with others in some passes only.
     """
     linears = find_linears(block)
     collector = _Collector(block_name, with_hessian)
@@ -45,7 +46,10 @@ def collect_statistics(block: nn.Module, block_name: str, with_hessian: bool) ->
         for hook in hooks:
             hook.remove()
     if idle := [name for name in linears if name not in collector.statistics]:
-        raise SparselabError(f"{block_name}.{idle[0]}: expected calibration tokens, the layer was never called")
+        raise UnsupportedModelError(
+            f"{block_name}.{idle[0]}: expected calibration tokens, the layer was never called; "
+            "models that use a layer's weight without calling it, or send it none of the tokens, are not supported"
+        )
 
 
 class _Collector:
@@ -53,18 +57,19 @@ class _Collector:
         self.statistics: dict[str, InputStatistics] = {}
         # The inputs of the pass under way with the first layer that saw each, and their version, which counts
         # in-place changes; held until the block is done, so that no other tensor takes their place in memory.
-        self.seen: list[tuple[Tensor, int, str]] = []
+        self.seen: list[tuple[Tensor, int | None, str]] = []
         self._block_name, self._with_hessian = block_name, with_hessian
         self._leaders: dict[str, str] = {}
 
     def see(self, name: str, linear: Linear, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inputs = args[0] if args else next(iter(kwargs.values()))
-        same = (first for tensor, version, first in self.seen if tensor is inputs and inputs._version == version)
+        version = None if inputs.is_inference() else inputs._version  # unknown changes: taken for an input of its own
+        same = (first for tensor, before, first in self.seen if tensor is inputs and before == version is not None)
         leader = next(same, name)
         if self._leaders.setdefault(name, leader) != leader:
             raise SparselabError(f"{self._block_name}.{name}: shares its input with other layers in some passes only")
         if leader == name:
-            self.seen.append((inputs, inputs._version, name))
+            self.seen.append((inputs, version, name))
             self._update(name, linear, inputs)
         self.statistics[name] = self.statistics[leader]
 

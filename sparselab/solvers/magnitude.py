@@ -1,12 +1,15 @@
 """Magnitude pruning: the smallest weights go. No data, no compensation: the baseline of every paper."""
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from sparselab.solvers.checks import check_weight
-from sparselab.solvers.sparsity import NM, Pattern, keep_largest, parse_sparsity
+from sparselab.solvers.hessian import working_dtype
+from sparselab.solvers.sparsity import NM, Pattern, parse_sparsity, survivors
 
 
+@torch.no_grad()
 def magnitude(weight: Float[Tensor, "d_out d_in"], sparsity: float | str | Pattern) -> Float[Tensor, "d_out d_in"]:
     """Prune the weights of smallest |W|: over the whole layer, or within each N:M group.
 
@@ -24,6 +27,6 @@ def magnitude(weight: Float[Tensor, "d_out d_in"], sparsity: float | str | Patte
     """
     pattern = parse_sparsity(sparsity)
     check_weight(weight)
-    scores = weight.abs().float()
-    keep = keep_largest(scores if isinstance(pattern, NM) else scores.flatten(), pattern)
+    scores = weight.abs().to(working_dtype(weight))
+    keep = survivors(scores if isinstance(pattern, NM) else scores.flatten(), pattern)
     return weight.masked_fill(~keep.view_as(weight), 0)

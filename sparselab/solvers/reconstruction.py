@@ -5,13 +5,14 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sparselab.errors import SingularHessianError
-from sparselab.solvers.checks import check_hessian, check_keep, check_weight
+from sparselab.solvers.checks import check_hessian, check_keep, check_weight, fitted
 from sparselab.solvers.hessian import damped
 
 # Memory of the stacked systems of some rows, in float64 elements: 256 MiB.
 _ELEMENTS_AT_ONCE = 2**25
 
 
+@torch.no_grad()
 def reconstruct(
     weight: Float[Tensor, "d_out d_in"], hessian: Float[Tensor, "d_in d_in"], keep: Bool[Tensor, "d_out d_in"]
 ) -> Float[Tensor, "d_out d_in"]:
@@ -29,17 +30,18 @@ def reconstruct(
 
     Raises:
         ValueError: shapes do not match.
+        NonFiniteError: the weight or the Hessian has NaN or infinite entries, or the result does not fit the dtype.
         SingularHessianError: too few tokens for a unique optimum; damp the Hessian first.
     Source: Frantar & Alistarh 2023, section 3.1 (the masked least-squares problem).
     """
     check_weight(weight)
-    check_hessian(weight, hessian)
+    check_hessian(hessian, weight)
     check_keep(weight, keep)
     H = damped(hessian.double(), 0.0)  # only dead inputs are touched
     target = weight.double() @ H
     rows = max(1, _ELEMENTS_AT_ONCE // max(1, H.numel()))
     parts = [_solve_rows(H, b, k) for b, k in zip(target.split(rows), keep.split(rows), strict=True)]
-    return torch.cat(parts).to(weight.dtype)
+    return fitted(torch.cat(parts), weight.dtype)
 
 
 def _solve_rows(

@@ -6,14 +6,15 @@ the paper writes it, column by column, to be read and to be tested against; `tex
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from sparselab.solvers.checks import check_blocksize, check_hessian, check_keep, check_weight
-from sparselab.solvers.hessian import Factor, damped, dead_columns, factorise, full_precision
-from sparselab.solvers.sparsity import NM, Pattern, keep_largest, parse_sparsity
+from sparselab.solvers.checks import check_blocksize, check_hessian, check_keep, check_matrix, check_weight, fitted
+from sparselab.solvers.hessian import Factor, cholesky, damped, dead_columns, factorise, full_precision, working_dtype
+from sparselab.solvers.sparsity import NM, Pattern, parse_sparsity, survivors
 
 # Columns whose mutual influence is applied one by one; between such groups it is one matrix product.
 _COLUMNS_AT_ONCE = 32
@@ -43,21 +44,24 @@ def sparsegpt(
 
     Raises:
         ValueError: wrong sparsity, shapes, percdamp or blocksize, or M does not divide d_in and blocksize.
-        NonFiniteError: the weight or the Hessian has NaN or infinite entries.
+        TypeError: an argument is not a tensor, a number or a boolean mask.
+        NonFiniteError: the weight or the Hessian has NaN or infinite entries, or the result does not fit the dtype.
         SingularHessianError: the damped Hessian is not positive definite.
     Source: Frantar & Alistarh 2023, algorithm 1; the factor without an inverse is sparselab's own.
     """
     pattern = parse_sparsity(sparsity)
-    check_weight(weight)
-    check_hessian(weight, hessian)
-    return sweep(weight, factorise(hessian.to(_working_dtype(hessian)), percdamp), pattern, blocksize, keep)
+    check_matrix("weight", weight)  # the sweep sees to its entries
+    check_hessian(hessian, weight)
+    factor = factorise(hessian.to(working_dtype(weight, hessian)), percdamp)
+    return sweep(weight, factor, pattern, blocksize, keep)
 
 
+@torch.no_grad()
 @full_precision()
 def sweep(
     weight: Float[Tensor, "d_out d_in"],
     factor: Factor,
-    pattern: Pattern,
+    sparsity: float | str | Pattern,
     blocksize: int = 128,
     keep: Bool[Tensor, "d_out d_in"] | None = None,
 ) -> Float[Tensor, "d_out d_in"]:
@@ -68,10 +72,17 @@ def sweep(
     updated before its turn: what the columns before it owe arrives as one matrix product for each block.
 
     Args:
-        weight, pattern, blocksize, keep: see `sparsegpt`.
-        factor: from `factorise`.
+        weight, sparsity, blocksize, keep: see `sparsegpt`.
+        factor: from `factorise`, of a Hessian of this weight's inputs.
+
+    Raises:
+        ValueError, TypeError, NonFiniteError: see `sparsegpt`.
     """
+    pattern = parse_sparsity(sparsity)
+    check_weight(weight)
+    _check_factor(factor, weight)
     _check_sweep(weight, pattern, blocksize, keep)
+    factor = factor.to(working_dtype(weight, factor.V))
     V, d_in = factor.V, weight.shape[1]
     # Transposed, so that a column of W is contiguous.
     W = weight.T.to(V.dtype).contiguous()
@@ -82,9 +93,9 @@ def sweep(
         owed = V[:start, start:stop].T @ delta[:start]
         if keep is None and not isinstance(pattern, NM):
             scores = _scores(W, factor, owed, start, stop)
-            mask[start:stop] = keep_largest(scores.flatten(), pattern).view_as(scores)
+            mask[start:stop] = survivors(scores.flatten(), pattern).view_as(scores)
         _sweep_block(W, delta, mask, owed, factor, start, pattern if keep is None else None)
-    return (W - delta).T.to(weight.dtype).contiguous()
+    return fitted(W - delta, weight.dtype).T.contiguous()
 
 
 def _sweep_block(
@@ -106,7 +117,7 @@ def _sweep_block(
         for q in range(first, last):
             if isinstance(choose, NM) and q % group == 0:
                 scores = _scores(W, factor, here[q - first : q - first + group], q, q + group)
-                mask[q : q + group] = keep_largest(scores.T, choose).T
+                mask[q : q + group] = survivors(scores.T, choose).T
             correction = here[q - first] / V[q, q]
             torch.where(mask[q], -correction, W[q], out=delta[q])
             here[q - first + 1 :].addr_(V[q, q + 1 : last], delta[q])
@@ -115,13 +126,15 @@ def _sweep_block(
 def _scores(
     W: Float[Tensor, "d_in d_out"], factor: Factor, owed: Float[Tensor, "width d_out"], start: int, stop: int
 ) -> Float[Tensor, "width d_out"]:
-    """w²/U_qq² = w²·V_qq² of the compensated columns start:stop, before any of them is pruned.
+    """|w/U_qq| = |w·V_qq| of the compensated columns start:stop, before any of them is pruned.
+
+    They stand in the order of their squares, the losses of the paper, which a float may be too small or too large for.
 
     Source: Frantar & Alistarh 2023, equation 3, with the Hessian of the columns not yet done.
     """
     triangle = factor.V[start:stop, start:stop]
     compensated = W[start:stop] + torch.linalg.solve_triangular(triangle.T, owed, upper=False)
-    scores: Tensor = (compensated * triangle.diagonal()[:, None]).square()
+    scores: Tensor = (compensated * triangle.diagonal()[:, None]).abs()
     scores[factor.dead[start:stop]] = 0
     return scores
 
@@ -167,12 +180,14 @@ def sparsegpt_textbook(
         tr((W−Ŵ)(H+λI)(W−Ŵ)ᵀ).
     Source: Frantar & Alistarh 2023, algorithm 1.
     """
+    check_matrix("weight", weight)
+    check_hessian(hessian, weight)
     W = weight
-    errors = torch.zeros_like(weight, dtype=_working_dtype(hessian))
+    errors = torch.zeros_like(weight, dtype=working_dtype(weight, hessian))
     for step in textbook_steps(weight, hessian, sparsity, percdamp, blocksize, keep):
         W = step.weight
         errors[:, step.column] = step.errors
-    return W.to(weight.dtype), errors
+    return fitted(W, weight.dtype), errors
 
 
 def textbook_steps(
@@ -192,18 +207,18 @@ def textbook_steps(
         One `Step` for each column, from the first to the last; no later step changes an earlier one.
 
     Raises:
-        ValueError, NonFiniteError: see `sparsegpt`.
+        ValueError, TypeError, NonFiniteError, SingularHessianError: see `sparsegpt`.
     Source: Frantar & Alistarh 2023, algorithm 1.
     """
     pattern = parse_sparsity(sparsity)
     check_weight(weight)
-    check_hessian(weight, hessian)
+    check_hessian(hessian, weight)
     _check_sweep(weight, pattern, blocksize, keep)
-    H = damped(hessian.to(_working_dtype(hessian)), percdamp)
-    U = torch.linalg.cholesky(torch.linalg.inv(H), upper=True)
+    H = damped(hessian.detach().to(working_dtype(weight, hessian)), percdamp)
+    U = cholesky(torch.cholesky_inverse(cholesky(H, percdamp)), percdamp, upper=True)
     importance = torch.where(dead_columns(hessian), 0, 1 / U.diagonal())
     group = pattern.group if isinstance(pattern, NM) else blocksize
-    return _steps(weight.to(H.dtype), U, importance, pattern, group, keep)
+    return _steps(weight.detach().to(H.dtype), U, importance, pattern, group, keep)
 
 
 def _steps(
@@ -217,23 +232,23 @@ def _steps(
     mask = torch.ones_like(W, dtype=torch.bool) if keep is None else keep
     for q in range(W.shape[1]):
         if q % group == 0:
-            start, scores = q, (W[:, q : q + group] * importance[q : q + group]).square()
+            start, scores = q, (W[:, q : q + group] * importance[q : q + group]).abs()
             if keep is None:
                 mask = mask.clone()
-                mask[:, q : q + group] = _survivors(scores, pattern)
+                mask[:, q : q + group] = _decide(scores, pattern)
         errors = torch.where(mask[:, q], 0, W[:, q]) / U[q, q]
         compensation = torch.zeros_like(W)
         compensation[:, q + 1 :] = -torch.outer(errors, U[q, q + 1 :])
         W = W + compensation
         W[:, q].masked_fill_(~mask[:, q], 0)
-        yield Step(q, start, W, mask, scores, errors, compensation)
+        yield Step(q, start, W, mask, scores.square(), errors, compensation)
 
 
-def _survivors(scores: Float[Tensor, "d_out group"], pattern: Pattern) -> Bool[Tensor, "d_out group"]:
+def _decide(scores: Float[Tensor, "d_out group"], pattern: Pattern) -> Bool[Tensor, "d_out group"]:
     """N:M competes within each row; unstructured over all rows, input by input where scores are equal."""
     if isinstance(pattern, NM):
-        return keep_largest(scores, pattern)
-    return keep_largest(scores.T.flatten(), pattern).view(scores.T.shape).T
+        return survivors(scores, pattern)
+    return survivors(scores.T.flatten(), pattern).view(scores.T.shape).T
 
 
 def _check_sweep(
@@ -246,6 +261,8 @@ def _check_sweep(
         check_keep(weight, keep)
 
 
-def _working_dtype(hessian: Float[Tensor, "..."]) -> torch.dtype:
-    """float32, or float64 where the Hessian is."""
-    return torch.promote_types(hessian.dtype, torch.float32)
+def _check_factor(factor: Any, weight: Float[Tensor, "d_out d_in"]) -> None:
+    if not isinstance(factor, Factor):
+        raise TypeError(f"factor: expected what factorise gives, received {type(factor).__name__}")
+    if len(factor.V) != weight.shape[1]:
+        raise ValueError(f"factor: expected one of {weight.shape[1]} inputs, received one of {len(factor.V)}")

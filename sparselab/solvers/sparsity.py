@@ -8,6 +8,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from sparselab.errors import NonFiniteError
+from sparselab.solvers.checks import as_number, check_tensor, check_whole
+
 
 @dataclass(frozen=True)
 class Unstructured:
@@ -20,8 +23,8 @@ class Unstructured:
     fraction: float
 
     def __post_init__(self) -> None:
-        if not 0 <= self.fraction <= 1:  # NaN fails too
-            raise ValueError(f"sparsity: expected a fraction from 0 to 1, received {self.fraction}")
+        if not 0 <= as_number("sparsity", self.fraction) <= 1:  # NaN fails too
+            raise ValueError(f"sparsity: expected a fraction from 0 to 1, received {self.fraction!s:.60}")
 
     def __str__(self) -> str:
         return f"{100 * self.fraction:g}%"
@@ -43,6 +46,8 @@ class NM:
     group: int
 
     def __post_init__(self) -> None:
+        check_whole("N of a pattern", self.kept)
+        check_whole("M of a pattern", self.group)
         if not 0 <= self.kept <= self.group or self.group < 1:
             raise ValueError(f"pattern: expected N:M with 0 ≤ N ≤ M and M ≥ 1, received {self.kept}:{self.group}")
 
@@ -68,42 +73,50 @@ def parse_sparsity(sparsity: "float | str | Pattern") -> Pattern:
     """A pattern from what users write: 0.5, "0.5", "50%", "2:4", or a pattern already.
 
     Args:
-        sparsity: a fraction of weights pruned, or "N:M" with N of every M weights kept.
+        sparsity: a fraction of weights pruned (a number of any library), or "N:M" with N of every M weights kept.
 
     Raises:
         ValueError: not one of these, or outside [0, 1].
+        TypeError: an array or tensor of several numbers.
     """
     if isinstance(sparsity, Unstructured | NM):
         return sparsity
-    if isinstance(sparsity, int | float) and not isinstance(sparsity, bool):
-        return Unstructured(float(sparsity))
+    if hasattr(sparsity, "__float__") and not isinstance(sparsity, bool):
+        return Unstructured(as_number("sparsity", sparsity))
     if isinstance(sparsity, str):
-        if found := re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", sparsity):
+        if found := re.fullmatch(r"\s*(\d{1,9})\s*:\s*(\d{1,9})\s*", sparsity):
             return NM(int(found[1]), int(found[2]))
         if found := re.fullmatch(r"\s*(-?\d*\.?\d+(?:e-?\d+)?)\s*(%?)\s*", sparsity):
             return Unstructured(float(found[1]) / (100 if found[2] else 1))
-    raise ValueError(f"sparsity: expected a fraction (0.5), a percentage ('50%') or N:M ('2:4'), received {sparsity!r}")
+    raise ValueError(
+        f"sparsity: expected a fraction (0.5), a percentage ('50%') or N:M ('2:4'), received {sparsity!r:.60}"
+    )
 
 
-def pattern_from_counts(sparsity: float, prunen: int, prunem: int) -> Pattern:
+def pattern_from_counts(sparsity: "float | str | Pattern", prunen: int, prunem: int) -> Pattern:
     """The pattern that the published code's arguments name: `prunen` of every `prunem` weights are *pruned*.
 
     Args:
-        sparsity: fraction pruned, used where both counts are 0.
+        sparsity: what `parse_sparsity` takes, used where both counts are 0.
         prunen: weights pruned in each group.
         prunem: size of a group; 0 means unstructured.
 
     Raises:
-        ValueError: only one of the counts is given, or prunen exceeds prunem.
+        ValueError: only one of the counts is given, or prunen exceeds prunem; a wrong sparsity.
+        TypeError: a count is not a whole number.
     """
+    check_whole("prunen", prunen)
+    check_whole("prunem", prunem)
     if prunen == 0 and prunem == 0:
-        return Unstructured(float(sparsity))
+        return parse_sparsity(sparsity)
     if not 0 < prunen <= prunem:
         raise ValueError(f"prunen:prunem: expected 0 < prunen ≤ prunem, or both 0, received {prunen}:{prunem}")
     return NM(prunem - prunen, prunem)
 
 
-def keep_largest(scores: Float[Tensor, "*groups size"], pattern: Pattern) -> Bool[Tensor, "*groups size"]:
+def keep_largest(
+    scores: Float[Tensor, "*groups size"], sparsity: "float | str | Pattern"
+) -> Bool[Tensor, "*groups size"]:
     """The mask that keeps the best scores of each comparison group, pruning exactly as many as the pattern says.
 
     Along the last dimension `round(fraction · size)` entries are pruned, those with the lowest scores; among equal
@@ -111,11 +124,20 @@ def keep_largest(scores: Float[Tensor, "*groups size"], pattern: Pattern) -> Boo
 
     Args:
         scores: importance, one comparison group a row of the last dimension; higher survives.
-        pattern: what to prune.
+        sparsity: what to prune: 0.5, "50%", "2:4" or a pattern.
 
     Raises:
-        ValueError: M does not divide the last dimension.
+        ValueError: wrong sparsity, or M does not divide the last dimension.
+        NonFiniteError: a score is NaN, which is neither more nor less than another.
     """
+    check_tensor("scores", scores)
+    if scores.isnan().any():
+        raise NonFiniteError("the scores have NaN entries; look at the weights and at the calibration inputs")
+    return survivors(scores, parse_sparsity(sparsity))
+
+
+def survivors(scores: Float[Tensor, "*groups size"], pattern: Pattern) -> Bool[Tensor, "*groups size"]:
+    """`keep_largest` without its checks, for scores that come by the thousand from weights already checked."""
     if isinstance(pattern, NM):
         pattern.check(scores.shape[-1], pattern.group)
         groups = scores.unflatten(-1, (-1, pattern.group))

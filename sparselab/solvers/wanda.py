@@ -1,13 +1,15 @@
 """Wanda: weights times the norm of what they multiply. One pass over the data, no compensation."""
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sparselab.errors import NonFiniteError
-from sparselab.solvers.checks import check_weight
-from sparselab.solvers.sparsity import Pattern, keep_largest, parse_sparsity
+from sparselab.solvers.checks import check_feature_norm, check_weight
+from sparselab.solvers.hessian import working_dtype
+from sparselab.solvers.sparsity import Pattern, parse_sparsity, survivors
 
 
+@torch.no_grad()
 def wanda(
     weight: Float[Tensor, "d_out d_in"], feature_norm: Float[Tensor, " d_in"], sparsity: float | str | Pattern
 ) -> Float[Tensor, "d_out d_in"]:
@@ -22,15 +24,12 @@ def wanda(
         A new weight of the same dtype, exactly `round(sparsity · d_in)` entries of each row pruned.
 
     Raises:
-        ValueError: wrong sparsity or shapes, or M does not divide d_in.
+        ValueError: wrong sparsity or shapes, a negative norm, or M does not divide d_in.
         NonFiniteError: the weight or the norms have NaN or infinite entries.
     Source: Sun et al. 2023, equation 1.
     """
     pattern = parse_sparsity(sparsity)
     check_weight(weight)
-    if feature_norm.shape != weight.shape[1:]:
-        raise ValueError(f"feature_norm: expected {weight.shape[1]} norms, received shape {tuple(feature_norm.shape)}")
-    if not feature_norm.isfinite().all():
-        raise NonFiniteError("feature_norm has NaN or infinite entries; look at the calibration inputs")
-    keep = keep_largest(weight.abs().float() * feature_norm, pattern)
+    check_feature_norm(weight, feature_norm)
+    keep = survivors(weight.abs().to(working_dtype(weight)) * feature_norm, pattern)
     return weight.masked_fill(~keep, 0)

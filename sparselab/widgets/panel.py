@@ -39,7 +39,7 @@ class Panel(VBox):  # type: ignore[misc]  # ipywidgets has no types
 
     def __init__(self, controls: Sequence[Widget], draw: Callable[[], View]) -> None:
         self._draw = draw
-        self.picture = Image(format="png", layout=Layout(max_width="100%"))
+        self.picture = Image(format="png", layout=Layout(max_width="100%", align_self="flex-start"))
         self.numbers = HTML()
         self.status = HTML()
         super().__init__([*controls, self.status, self.picture, self.numbers])
@@ -52,8 +52,7 @@ class Panel(VBox):  # type: ignore[misc]  # ipywidgets has no types
             self.say(str(error), failed=True)
             return
         self.picture.value = png(view.figure)
-        self.picture.tooltip = view.summary
-        self.numbers.value = view.numbers.to_html(border=0, index=False, classes="sparselab-numbers")
+        self.numbers.value = view.numbers.to_html(border=0, index=False, justify="left", classes="sparselab-numbers")
         self.say(view.summary)
 
     def say(self, text: str, failed: bool = False) -> None:

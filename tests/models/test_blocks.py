@@ -1,9 +1,21 @@
 import pytest
 import torch
-from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
+from transformers import (
+    BertConfig,
+    BertLMHeadModel,
+    BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    Mamba2Config,
+    Mamba2ForCausalLM,
+    RwkvConfig,
+    RwkvForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from sparselab.errors import UnsupportedModelError
-from sparselab.models.blocks import Decoder, evaluating, find_linears, read_weight, write_weight
+from sparselab.models.blocks import Call, Decoder, evaluating, find_linears, read_weight, write_weight
 
 
 def replayed(model, tokens) -> torch.Tensor:
@@ -102,6 +114,42 @@ def test_other_models_are_refused_by_name(model):
     model = model()
     with pytest.raises((UnsupportedModelError, TypeError), match=type(model).__name__):
         Decoder(model)
+
+
+SHAPE = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2}
+HEADS = {"num_attention_heads": 4, "intermediate_size": 48}
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (lambda: BertLMHeadModel(BertConfig(**SHAPE, **HEADS, is_decoder=True)), r"BertEncoder\.forward\(\) missing"),
+        (lambda: RwkvForCausalLM(RwkvConfig(**SHAPE, attention_hidden_size=32)), "not enough values to unpack"),
+    ],
+)
+def test_a_model_that_the_replay_does_not_fit_is_refused_with_the_reason(model, reason, tokens):
+    decoder = Decoder(model())
+    decoder.check_prunable()
+    with pytest.raises(UnsupportedModelError, match=reason), evaluating(decoder.model):
+        decoder.embed(tokens)
+
+
+def test_a_block_that_cannot_be_called_is_refused_with_the_reason(llama, tokens):
+    decoder = Decoder(llama)
+    with evaluating(llama):
+        hidden, calls = decoder.embed(tokens)
+        with pytest.raises(UnsupportedModelError, match=r"model\.layers, .* TypeError: cannot unpack"):
+            decoder.run_block(0, hidden, Call((), calls[0].kwargs | {"position_embeddings": None}))
+
+
+def test_a_missing_length_is_no_length(llama):
+    llama.config.max_position_embeddings = -1  # XLNet
+    assert Decoder(llama).positions is None
+
+
+def test_convolutions_and_flat_vectors_in_blocks_are_not_taken_for_experts():
+    Decoder(Mamba2ForCausalLM(Mamba2Config(**SHAPE, num_heads=8, head_dim=8, n_groups=1))).check_prunable()
+    Decoder(gpt2()).check_prunable()
 
 
 def test_a_model_that_skips_blocks_is_refused(llama, tokens):

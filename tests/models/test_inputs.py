@@ -60,3 +60,10 @@ def test_batches_cover_all_in_order():
     assert [len(batch) for batch in batches(torch.zeros(2, 4096, dtype=torch.long), None, cpu)] == [1, 1]
     with pytest.raises(ValueError, match="batch_size"):
         list(batches(WINDOWS, 0, cpu))
+
+
+@pytest.mark.usefixtures("untyped")
+@pytest.mark.parametrize("wrong", [1.5, "2", True])
+def test_a_batch_is_a_whole_number_of_windows(wrong):
+    with pytest.raises(TypeError, match="batch_size: expected a whole number"):
+        list(batches(WINDOWS, wrong, torch.device("cpu")))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from sparselab.errors import NonFiniteError, SparselabError
+from sparselab.errors import NonFiniteError, SparselabError, UnsupportedModelError
 from sparselab.models.blocks import Call, Decoder, evaluating
 from sparselab.models.recording import collect_statistics, shared_tensors
 
@@ -53,6 +53,17 @@ def test_llama_has_four_distinct_inputs_a_block(llama, tokens):
     assert seen["mlp.gate_proj"] is seen["mlp.up_proj"]
 
 
+def test_inputs_that_count_no_changes_are_summed_apart():
+    with torch.inference_mode():
+        block, x = Block(), torch.randn(2, 5, 6)
+        rows = x.flatten(0, 1).clone()
+        with collect_statistics(block, "b", True) as seen:
+            block(x)
+    assert len({id(s) for s in seen.values()}) == 4
+    torch.testing.assert_close(seen["k"].hessian, rows.T @ rows)
+    torch.testing.assert_close(seen["d"].hessian, 4 * rows.T @ rows)
+
+
 def test_trouble_names_the_layer():
     block = Block()
     with pytest.raises(NonFiniteError, match=r"blocks\.3\.q: a layer's inputs are NaN"), torch.no_grad():
@@ -60,7 +71,7 @@ def test_trouble_names_the_layer():
             block(torch.full((1, 2, 6), math.nan))
     assert not block.q._forward_pre_hooks, "hooks stay behind after an error"
     idle = Block(idle=True)
-    with pytest.raises(SparselabError, match=r"b\.idle: expected calibration tokens"), torch.no_grad():
+    with pytest.raises(UnsupportedModelError, match=r"b\.idle: expected calibration tokens"), torch.no_grad():
         with collect_statistics(idle, "b", True):
             idle(torch.randn(1, 2, 6))
     with pytest.raises(SparselabError, match=r"b\.k: shares its input .* in some passes only"), torch.no_grad():

@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 from layers import layer
@@ -97,6 +98,79 @@ def test_indefinite_after_damping_is_an_error_with_a_remedy():
         factorise(torch.tensor([[1.0, 2.0], [2.0, 1.0]]), 0.01)
     with pytest.raises(NonFiniteError, match="Hessian"):
         factorise(torch.tensor([[math.nan]]), 0.01)
+
+
+@pytest.mark.usefixtures("untyped")
+def test_statistics_take_only_what_fits():
+    statistics = collected(torch.ones(3, 4))
+    for wrong in (torch.ones(3, 5), torch.ones(3, 1), torch.ones(4), torch.ones(3, 4, dtype=torch.long)):
+        with pytest.raises(ValueError, match=r"inputs: expected floats \[\.\.\., tokens, 4\], received"):
+            statistics.update(wrong)
+    with pytest.raises(TypeError, match="inputs: expected a tensor, received list"):
+        statistics.update([[1.0] * 4])
+    for other in (collected(torch.ones(3, 4), with_hessian=False), collected(torch.ones(3, 1))):
+        for one, two in ((statistics, other), (other, statistics)):
+            with pytest.raises(ValueError, match="other: expected sums of shape"):
+                one.merge(two)
+    assert statistics.tokens == 3
+    assert (statistics.hessian == 3).all()
+
+
+@pytest.mark.usefixtures("untyped")
+@pytest.mark.parametrize("take", [lambda H: damped(H, 0.01), lambda H: factorise(H, 0.01)], ids=["damped", "factorise"])
+def test_only_square_float_matrices_are_hessians(take):
+    eye = torch.eye(3)
+    for wrong in (eye.long(), eye[0], eye.cfloat(), eye[:2], eye[None]):
+        with pytest.raises(ValueError, match="hessian: expected"):
+            take(wrong)
+    for wrong in (None, eye.numpy(), eye.tolist()):
+        with pytest.raises(TypeError, match="hessian: expected a tensor, received"):
+            take(wrong)
+    with pytest.raises(NonFiniteError, match="the Hessian has NaN"):
+        take(eye * math.nan)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_hessians_are_worked_on_in_float32(dtype):
+    half = torch.tensor([[4.0, 1.0], [1.0, 2.0]], dtype=dtype)
+    assert damped(half, 0.1).dtype == factorise(half, 0.1).V.dtype == torch.float32
+    assert torch.equal(damped(half, 0.1), damped(half.float(), 0.1))
+
+
+@pytest.mark.usefixtures("untyped")
+def test_damping_is_a_number_that_fits():
+    H = torch.eye(3)
+    with pytest.raises(
+        NonFiniteError, match=r"percdamp 1e\+300, on a mean diagonal of 1, does not fit torch.float32; lower"
+    ):
+        factorise(H, 1e300)
+    assert factorise(H.double(), 1e300).V.isfinite().all()
+    with pytest.raises(ValueError, match="percdamp: expected a finite number"):
+        damped(H, 10**400)
+    for wrong in ("x", None, True, [0.1], torch.ones(2), np.ones(2)):
+        with pytest.raises(TypeError, match="percdamp: expected a number"):
+            collected(torch.ones(2, 3)).factor(wrong)
+    for same in (np.float32(0.5), np.float64(0.5), torch.tensor(0.5)):
+        assert torch.equal(damped(H, same), damped(H, 0.5))
+
+
+def test_an_error_that_is_no_number_is_not_silent():
+    W = torch.full((2, 3), 1e25)
+    for pruned, hessian in ((W * 0, torch.eye(3)), (W * math.nan, torch.eye(3)), (W * 0, torch.eye(3) * math.inf)):
+        with pytest.raises(NonFiniteError, match="the outputs' squared error or energy is"):
+            relative_error(W, pruned, hessian)
+    assert relative_error(W.double(), W.double() * 0, torch.eye(3)) == 1, "float64 weights are not worked on in float32"
+
+
+@pytest.mark.usefixtures("untyped")
+@pytest.mark.parametrize("error", [layer_error, relative_error])
+def test_errors_of_other_shapes_are_refused(error):
+    W, H = torch.ones(2, 3), torch.eye(3)
+    for wrong in ((W, W[:1], H), (W, W[:, :1], H), (W, W, H[:1, :1]), (W, W, H[0]), (W[0], W, H)):
+        with pytest.raises(ValueError, match="expected"):
+            error(*wrong)
+    with pytest.raises(TypeError, match="pruned: expected a tensor, received ndarray"):
+        error(W, W.numpy(), H)
 
 
 def test_layer_error_is_the_squared_error_of_the_outputs():

@@ -8,6 +8,7 @@ from layers import layer
 
 from sparselab.errors import NonFiniteError
 from sparselab.solvers import magnitude, relative_error, wanda
+from sparselab.solvers.checks import all_finite
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 
@@ -62,6 +63,46 @@ def test_extremes_and_dead_inputs():
     assert not magnitude(W, 1).any()
     assert not wanda(W, norm, 1).any()
     assert not wanda(W, norm, 1 / 8)[:, 3].any(), "a dead input goes first"
+
+
+def test_float64_weights_are_compared_in_float64():
+    W = 1 + 1e-12 * torch.tensor([[3.0, 1.0, 2.0, 0.0]], dtype=torch.float64)
+    expected = torch.tensor([[True, False, True, False]])
+    assert torch.equal(magnitude(W, 0.5) != 0, expected)
+    assert torch.equal(wanda(W, torch.ones(4), 0.5) != 0, expected)
+
+
+@pytest.mark.usefixtures("untyped")
+def test_arguments_that_are_no_tensors_are_named():
+    W, norm = torch.randn(2, 4), torch.ones(4)
+    for wrong in (None, W.numpy(), W.tolist()):
+        with pytest.raises(TypeError, match="weight: expected a tensor, received"):
+            magnitude(wrong, 0.5)
+        with pytest.raises(TypeError, match="weight: expected a tensor, received"):
+            wanda(wrong, norm, 0.5)
+        with pytest.raises(TypeError, match="feature_norm: expected a tensor, received"):
+            wanda(W, wrong, 0.5)
+    with pytest.raises(ValueError, match="feature_norm: expected norms ≥ 0, received -1"):
+        wanda(W, -norm, 0.5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_bad_entry_anywhere_is_found(dtype):
+    W = torch.randn(3, 5).to(dtype)
+    assert all_finite(W)
+    assert all_finite(W[:0])
+    for place in range(W.numel()):
+        for bad in (math.nan, math.inf, -math.inf):
+            damaged = W.clone()
+            damaged.view(-1)[place] = bad
+            assert not all_finite(damaged)
+            assert not all_finite(damaged.T)
+
+
+def test_parameters_serve_and_record_nothing():
+    W = torch.nn.Parameter(torch.randn(2, 4))
+    for P in (magnitude(W, 0.5), wanda(W, torch.nn.Parameter(torch.ones(4)), 0.5)):
+        assert not P.requires_grad
 
 
 def test_wanda_knows_the_inputs_and_magnitude_does_not():

@@ -1,8 +1,10 @@
+import math
+
 import pytest
 import torch
 from layers import layer
 
-from sparselab.errors import SingularHessianError
+from sparselab.errors import NonFiniteError, SingularHessianError
 from sparselab.solvers import damped, layer_error, reconstruct, sparsegpt
 
 
@@ -37,6 +39,25 @@ def test_everything_kept_and_dead_inputs_stay():
     W, X, _ = layer(3, 8)
     X[:, 2] = 0
     torch.testing.assert_close(reconstruct(W, X.T @ X, torch.ones(3, 8, dtype=torch.bool)), W)
+
+
+@pytest.mark.usefixtures("untyped")
+def test_bad_arguments():
+    W, _, H = layer(3, 8)
+    keep = torch.ones(3, 8, dtype=torch.bool)
+    with pytest.raises(NonFiniteError, match="the Hessian has NaN"):
+        reconstruct(W, H * math.nan, keep)
+    with pytest.raises(TypeError, match=r"keep: expected a mask of torch\.bool, received torch\.int64"):
+        reconstruct(W, H, keep.long())
+    with pytest.raises(TypeError, match="hessian: expected a tensor, received ndarray"):
+        reconstruct(W, H.numpy(), keep)
+    assert not reconstruct(torch.nn.Parameter(W), torch.nn.Parameter(H), keep).requires_grad
+
+
+def test_a_result_that_does_not_fit_the_dtype_is_an_error():
+    W = torch.full((1, 2), 6e4).half()
+    with pytest.raises(NonFiniteError, match=r"does not fit torch\.float16; raise percdamp, or load"):
+        reconstruct(W, torch.tensor([[1.0, 0.9], [0.9, 1.0]]), torch.tensor([[True, False]]))
 
 
 def test_no_unique_optimum_is_an_error():

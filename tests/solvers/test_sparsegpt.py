@@ -200,6 +200,85 @@ def test_bad_arguments(solver):
         solver(damaged, H, 0.5)
 
 
+@pytest.mark.parametrize(
+    "solver", [sparsegpt, lambda *a, **k: sparsegpt_textbook(*a, **k)[0]], ids=["fast", "textbook"]
+)
+@pytest.mark.usefixtures("untyped")
+class TestBothPaths:
+    def test_arguments_of_the_wrong_kind(self, solver):
+        W, _, H = layer(4, 8)
+        for wrong in (None, W.numpy(), W.tolist()):
+            with pytest.raises(TypeError, match="weight: expected a tensor, received"):
+                solver(wrong, H, 0.5)
+            with pytest.raises(TypeError, match="hessian: expected a tensor, received"):
+                solver(W, wrong, 0.5)
+        for wrong in (math.nan, 1.5, "128", None):
+            with pytest.raises(TypeError, match="blocksize: expected a whole number, received"):
+                solver(W, H, 0.5, blocksize=wrong)
+        for wrong in (torch.ones(4, 8), torch.ones(4, 8, dtype=torch.int)):
+            with pytest.raises(TypeError, match=r"keep: expected a mask of torch\.bool, received torch\."):
+                solver(W, H, 0.5, keep=wrong)
+        with pytest.raises(TypeError, match="keep: expected a tensor, received list"):
+            solver(W, H, 0.5, keep=[[True] * 8] * 4)
+        with pytest.raises(TypeError, match="percdamp: expected a number, received str 'x'"):
+            solver(W, H, 0.5, percdamp="x")
+
+    def test_bad_hessians(self, solver):
+        W, _, H = layer(4, 8)
+        for broken in (math.nan, math.inf):
+            with pytest.raises(NonFiniteError, match="the Hessian has NaN"):
+                solver(W, H * broken, 0.5)
+        with pytest.raises(SingularHessianError, match="8 inputs is not positive definite with percdamp 0"):
+            solver(W, torch.ones(8, 8, dtype=torch.float64) - 1e-3 * torch.eye(8), 0.5, percdamp=0)
+        for wrong in (H.long(), H.cfloat(), H[0]):
+            with pytest.raises(ValueError, match="hessian: expected"):
+                solver(W, wrong, 0.5)
+
+    def test_parameters_serve_and_record_nothing(self, solver):
+        W, _, H = layer(4, 8)
+        P = solver(torch.nn.Parameter(W), torch.nn.Parameter(H), 0.5)
+        assert torch.equal(P, solver(W, H, 0.5))
+        assert not P.requires_grad
+
+    def test_a_result_that_does_not_fit_the_dtype(self, solver):
+        H = torch.tensor([[1.0, 0.9], [0.9, 1.0]])
+        keep = torch.tensor([[False, True]])
+        for dtype, value in ((torch.float16, 6e4), (torch.float32, 3e38)):
+            W = torch.full((1, 2), value, dtype=dtype)
+            with pytest.raises(NonFiniteError, match=f"does not fit {dtype}; raise percdamp, or load"):
+                solver(W, H, 0.5, keep=keep)
+            assert solver(W.double(), H, 0.5, keep=keep).isfinite().all()
+
+    def test_float64_weights_stay_whole_beside_a_float32_hessian(self, solver):
+        W, _, H = layer(7, 30)
+        assert torch.equal(solver(W, H.float(), 0), W)
+        keep = torch.ones(7, 30, dtype=torch.bool)
+        keep[:, 20:] = torch.rand(7, 10, generator=torch.Generator().manual_seed(0)) > 0.5
+        assert torch.equal(solver(W, H.float(), 0.5, keep=keep)[:, :20], W[:, :20]), "nothing to compensate yet"
+
+    @pytest.mark.parametrize("scale", [1e-25, 1e25])
+    @pytest.mark.parametrize("sparsity", ["50%", "2:4"])
+    def test_the_scale_of_the_weights_does_not_matter(self, solver, scale, sparsity):
+        W, _, H = layer(16, 64)
+        expected, scaled = solver(W.float(), H.float(), sparsity), solver((scale * W).float(), H.float(), sparsity)
+        assert torch.equal(scaled == 0, expected == 0)
+
+
+@pytest.mark.usefixtures("untyped")
+def test_a_sweep_takes_patterns_in_words_and_only_a_factor_that_fits():
+    W, _, H = layer(4, 8)
+    factor = factorise(H, 0.01)
+    assert torch.equal(sweep(W, factor, "2:4"), sparsegpt(W, H, "2:4"))
+    assert torch.equal(sweep(W, factorise(H.float(), 0.01), 0), W), "float64 weights stay whole"
+    for size in (1, 7, 9):
+        with pytest.raises(ValueError, match=f"factor: expected one of 8 inputs, received one of {size}"):
+            sweep(W, factorise(torch.eye(size), 0.01), "50%")
+    with pytest.raises(TypeError, match="factor: expected what factorise gives, received Tensor"):
+        sweep(W, H, "50%")
+    with pytest.raises(NonFiniteError, match="the weight has NaN"):
+        sweep(W * math.nan, factor, "50%")
+
+
 def test_too_few_tokens_without_damping_is_an_error():
     W, _, H = layer(4, 30, tokens=5)
     with pytest.raises(SingularHessianError, match="30 inputs is not positive definite with percdamp 0"):

@@ -1,10 +1,13 @@
 import math
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sparselab.errors import NonFiniteError
 from sparselab.solvers import NM, Unstructured, keep_largest, parse_sparsity, pattern_from_counts, realised_sparsity
 
 
@@ -43,6 +46,47 @@ def test_n_m_counts_the_kept_and_prunen_the_pruned():
     for wrong in [(1, 0), (0, 4), (5, 4), (-1, 4)]:
         with pytest.raises(ValueError, match="prunem"):
             pattern_from_counts(0.5, *wrong)
+
+
+@pytest.mark.usefixtures("untyped")
+@pytest.mark.parametrize("number", [np.float32(0.5), np.float64(0.5), torch.tensor(0.5), Fraction(1, 2)])
+def test_numbers_of_any_library(number):
+    assert parse_sparsity(number) == Unstructured(0.5)
+    assert pattern_from_counts(number, 0, 0) == Unstructured(0.5)
+    assert parse_sparsity(np.int64(1)) == Unstructured(1.0)
+    assert NM(np.int64(2), np.int64(4)) == NM(2, 4)
+
+
+@pytest.mark.usefixtures("untyped")
+def test_huge_and_manifold_numbers_are_refused_in_words():
+    for wrong in (10**400, "9" * 5000 + ":4", "9" * 5000, np.inf):
+        with pytest.raises(ValueError, match="sparsity: expected a fraction") as refusal:
+            parse_sparsity(wrong)
+        assert len(str(refusal.value)) < 200
+    for wrong in (np.ones(2), torch.ones(2)):
+        with pytest.raises(TypeError, match="sparsity: expected a number, received"):
+            parse_sparsity(wrong)
+
+
+@pytest.mark.usefixtures("untyped")
+def test_counts_are_whole_numbers():
+    for wrong in ((2.0, 4), (2, 4.0), ("2", 4), (None, 4), (True, 4)):
+        with pytest.raises(TypeError, match="expected a whole number"):
+            pattern_from_counts(0.5, *wrong)
+        with pytest.raises(TypeError, match="expected a whole number"):
+            NM(*wrong)
+
+
+@pytest.mark.usefixtures("untyped")
+def test_keep_largest_reads_patterns_and_refuses_nan():
+    scores = torch.tensor([[4.0, 1.0, 3.0, 2.0]])
+    for sparsity in ("2:4", "50%", 0.5):
+        assert keep_largest(scores, sparsity).tolist() == [[True, False, True, False]]
+    scores[0, 1] = math.nan
+    with pytest.raises(NonFiniteError, match="scores have NaN"):
+        keep_largest(scores, 0.5)
+    with pytest.raises(TypeError, match="scores: expected a tensor, received list"):
+        keep_largest([1.0, 2.0], 0.5)
 
 
 def in_order(scores: list[float], count: int) -> set[int]:
