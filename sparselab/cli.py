@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from io import TextIOWrapper
 from typing import TYPE_CHECKING, Any
 
 from sparselab import __version__
@@ -22,8 +23,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         0 done, 1 it ran and failed. Wrong usage leaves through SystemExit with 2.
     """
-    options = _parser().parse_args(arguments)
+    _tolerate_any_encoding()
+    options = argparse.Namespace(debug=False, command="")
     try:
+        options = _parser().parse_args(arguments)
         options.run(options)
     except KeyboardInterrupt:
         print("sparselab: interrupted", file=sys.stderr)
@@ -32,13 +35,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Whoever read our output has enough, as in `sparselab compare | head`; nothing is left to flush.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (SparselabError, ValueError, TypeError, OSError, MemoryError, RuntimeError, ImportError) as error:
+    except Exception as error:  # whatever the libraries below raise, a user gets one line of it
         if options.debug:
             raise
-        reason = " ".join(str(error).split()) or type(error).__name__
-        print(f"sparselab {options.command}: error: {reason}", file=sys.stderr)
+        ours = isinstance(error, SparselabError | ValueError | TypeError | OSError) and str(error)
+        words = [str(error) if ours else f"{type(error).__name__}: {error}", *getattr(error, "__notes__", [])]
+        print(f"sparselab {options.command}: error: {' '.join('; '.join(words).split())}", file=sys.stderr)
         return 1
     return 0
+
+
+def _tolerate_any_encoding() -> None:
+    """Print ± and × as ? where the terminal has no such letters, rather than fail after the work is done."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 def _compare(options: argparse.Namespace) -> None:
@@ -58,19 +69,19 @@ def _compare(options: argparse.Namespace) -> None:
         seqlen=options.seqlen,
         seed=options.seed,
     )
-    files.check_output(options.out, options.overwrite)
-    model, tokenizer = load(options.model, options.device, options.dtype)
-    runs = len(config.methods) * len(config.sparsities)
-    minutes = estimate_seconds(model, config) / 60
-    print(f"{runs} pruned models to make and to measure: about {minutes:.1f} minutes on this machine.", flush=True)
-    folder = files.prepare_output(options.out, options.overwrite)
-    result = compare(model, tokenizer, config, options.model, folder)
+    with files.finished_output(options.out, options.overwrite, [options.model]) as folder:
+        model, tokenizer = load(options.model, options.device, options.dtype)
+        minutes = estimate_seconds(model, config) / 60
+        runs = len(config.runs())
+        print(f"{runs} pruned models to make and to measure: about {minutes:.1f} minutes on this machine.", flush=True)
+        result = compare(model, tokenizer, config, options.model, folder)
+        drawn = {"perplexity.png": figures.sparsity_perplexity(result.runs, result.caption)}
+        pattern = config.sparsities[(len(config.sparsities) - 1) // 2]
+        drawn["layer_errors.png"] = figures.layer_errors(result.layers, pattern, result.caption)
+        for name, figure in drawn.items():
+            figure.savefig(folder / name, dpi=144)
+        result.save(folder)
     print("\n" + result.table.to_string(index=False) + "\n\n" + result.caption)
-    drawn = {"perplexity.png": figures.sparsity_perplexity(result.runs, result.caption)}
-    pattern = config.sparsities[(len(config.sparsities) - 1) // 2]
-    drawn["layer_errors.png"] = figures.layer_errors(result.layers, pattern, result.caption)
-    for name, figure in drawn.items():
-        figure.savefig(folder / name, dpi=144)
     print(f"Written to {options.out}: runs.csv, runs.md, layers.csv, {', '.join(drawn)}")
 
 
@@ -79,7 +90,7 @@ def _prune(options: argparse.Namespace) -> None:
     from sparselab.models import load, quiet
     from sparselab.pruning import prune
 
-    with files.finished_output(options.out, options.overwrite) as folder:
+    with files.finished_output(options.out, options.overwrite, [options.model]) as folder:
         model, tokenizer = load(options.model, options.device, options.dtype)
         calib = corpora.calibration_tokens(tokenizer, options.dataset, options.nsamples, options.seqlen, options.seed)
         report = prune(
@@ -223,7 +234,7 @@ def _command(
     commands: Any, name: str, run: Callable[[argparse.Namespace], None], what: str, example: str
 ) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(
-        name, help=what, description=what[0].upper() + what[1:] + ".", epilog=f"example: {example}".replace("%", "%%")
+        name, help=what, description=what[0].upper() + what[1:] + ".", epilog=f"example: {example}"
     )
     parser.set_defaults(run=run)
     parser.add_argument("--debug", action="store_true", help="show the whole traceback of an error")

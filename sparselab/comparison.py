@@ -1,6 +1,7 @@
 """The main job: one model pruned several ways on the same windows, and what each way cost."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -10,10 +11,12 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparselab import corpora, files
+from sparselab.errors import SingularHessianError
 from sparselab.evaluation import perplexity
 from sparselab.experiment import RunConfig, TextConfig, Workbench
 from sparselab.models.blocks import Decoder, evaluating
-from sparselab.models.inputs import batches
+from sparselab.models.inputs import batches, check_tokens
+from sparselab.pruning import check_model
 
 # Passes of the blocks over the calibration windows that a whole run of a method costs, as measured on two CPU cores.
 _PASSES = {"magnitude": 0.05, "wanda": 2.1, "sparsegpt": 2.6}
@@ -42,6 +45,9 @@ class CompareConfig(TextConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name in ("methods", "sparsities"):
+            if isinstance(getattr(self, name), str) or not isinstance(getattr(self, name), Sequence):
+                raise TypeError(f"{name}: expected several in a tuple, received {getattr(self, name)!r}")
         if not self.runs():
             raise ValueError("methods, sparsities: expected at least one of each, received none")
 
@@ -84,10 +90,10 @@ class Comparison:
 
     def save(self, folder: Path) -> None:
         """Write `runs.csv`, `layers.csv`, the table as `runs.md`, and the settings."""
-        files.write_stamp(folder, "compare", {"model": self.model} | asdict(self.config))
         files.write_text(folder / "runs.csv", self.runs.to_csv(index=False))
         files.write_text(folder / "runs.md", files.markdown_table(self.table))
         files.write_text(folder / "layers.csv", self.layers.to_csv(index=False))
+        files.write_stamp(folder, "compare", {"model": self.model} | asdict(self.config))
 
 
 def compare(
@@ -112,19 +118,21 @@ def compare(
         progress: show a bar.
 
     Raises:
-        ValueError, SparselabError: see `prune` and `perplexity`; a Hessian that cannot be factored is a result, with
-        nothing measured.
+        ValueError, SparselabError: see `prune` and `perplexity`. What is finished by then has been written to `out`.
     """
     config = config or CompareConfig()
-    bench = Workbench(model, tokenizer, name, config)
+    if out is not None and not out.is_dir():
+        raise ValueError(f"out: expected an existing folder, received {out}")
+    bench, runs = _checked_bench(model, tokenizer, name, config), config.runs()
     result = Comparison(config, name)
-    runs = config.runs()
     with tqdm(total=len(runs) + 1, desc="dense", unit="run", disable=not progress) as bar:
         result.runs = dense_row(bench)
         bar.update()
         for run in runs:
             bar.set_description(f"{run.method} {run.sparsity}")
             done = bench.run(run)
+            if done.row["failure"]:
+                raise SingularHessianError(done.row["failure"])
             row = pd.DataFrame([done.row]).reindex(columns=[*_COLUMNS, "peak_memory_mb"])
             result.runs = pd.concat([result.runs, row], ignore_index=True)
             result.layers = pd.concat([result.layers, pd.DataFrame(done.layers)], ignore_index=True)
@@ -132,6 +140,16 @@ def compare(
                 result.save(out)
             bar.update()
     return result
+
+
+def _checked_bench(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, config: CompareConfig
+) -> Workbench:
+    """Model and text at hand, once all is known to be well that can be known before the first run."""
+    decoders = [check_model(model, run.settings) for run in config.runs()]
+    bench = Workbench(model, tokenizer, name, config)
+    check_tokens(decoders[0], bench.calibration(config.nsamples, config.seed))
+    return bench
 
 
 def dense_row(bench: Workbench) -> pd.DataFrame:

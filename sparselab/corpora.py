@@ -3,6 +3,7 @@
 import hashlib
 import random
 import sysconfig
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -76,15 +77,11 @@ def documents(dataset: Dataset, split: Split = "train") -> list[str]:
         return _checked_strings(dataset)
     if dataset == "stdlib":
         return [_read_text(path) for path in stdlib_files(split)]
-    path = Path(dataset)
+    path = _existing(dataset)
     if path.is_file():
         return [_read_text(path)]
-    if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.is_file())
-        return [_read_text(file) for file in files if not file.name.startswith(".")]
-    raise ValueError(
-        f"dataset {str(dataset)!r}: expected 'stdlib', an existing text file or folder, or a list of strings"
-    )
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    return [_read_text(file) for file in files if not file.name.startswith(".")]
 
 
 def calibration_tokens(
@@ -117,8 +114,10 @@ def draw(windows: Int[Tensor, "windows seqlen"], nsamples: int, seed: int) -> In
     """The draw of `calibration_tokens` from windows that are at hand already.
 
     Raises:
-        ValueError: there are fewer windows.
+        ValueError: there are fewer windows, or the seed is negative or none.
     """
+    if seed is None or seed < 0:  # Python draws the same for -1 and 1, and anew each time for None
+        raise ValueError(f"seed: expected a whole number from 0, received {seed}")
     if nsamples > len(windows):
         raise ValueError(f"nsamples: expected at most the {len(windows)} windows there are, received {nsamples}")
     order = list(range(len(windows)))
@@ -191,6 +190,18 @@ def _positive(name: str, value: int) -> int:
     if value < 1:
         raise ValueError(f"{name}: expected at least 1, received {value}")
     return value
+
+
+def _existing(dataset: str | Path) -> Path:
+    path = Path(dataset)
+    try:
+        exists = dataset != "" and path.exists()  # Path("") would be the current folder
+    except OSError:  # a text given in place of a name is too long to be one
+        exists = False
+    if not exists:
+        name = textwrap.shorten(str(dataset), 100)
+        raise ValueError(f"dataset {name!r}: expected 'stdlib', an existing text file or folder, or a list of strings")
+    return path
 
 
 def _read_text(path: Path) -> str:

@@ -75,11 +75,16 @@ class RunConfig:
     propagate: Literal["pruned", "dense"] = "pruned"
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "sparsity", str(self.settings.pattern))
+        for name, least in (("nsamples", 1), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}: expected at least {least}, received {getattr(self, name)}")
+
+    @property
+    def settings(self) -> Settings:
+        """What is done to each layer."""
         pattern = parse_sparsity(self.sparsity)
-        Settings(self.method, pattern, self.percdamp, self.blocksize, self.propagate)
-        if self.nsamples < 1:
-            raise ValueError(f"nsamples: expected at least 1, received {self.nsamples}")
-        object.__setattr__(self, "sparsity", str(pattern))
+        return Settings(self.method, pattern, self.percdamp, self.blocksize, self.propagate)
 
 
 @dataclass(frozen=True)

@@ -98,7 +98,7 @@ def written_whole(path: Path) -> Iterator[Path]:
     partial = _partial(path)
     try:
         yield partial
-        with partial.open("rb") as file:
+        with partial.open("r+b") as file:
             os.fsync(file.fileno())
         partial.replace(path)
     except BaseException:
@@ -219,12 +219,3 @@ def _prefix(folder: Path) -> str:
 
 def _partial(path: Path) -> Path:
     return path.with_name(f".{path.name}.partial")
-
-
-def prepare_output(path: str | Path, overwrite: bool = False) -> Path:
-    """Until compare is rewritten."""
-    folder = check_output(path, overwrite)
-    if folder.exists():
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True)
-    return folder

@@ -101,10 +101,7 @@ def prune(
     settings = Settings(method, pattern, percdamp, blocksize, view, measure_error and calib is not None)
     if calib is None and METHODS[method].needs != "nothing":
         raise ValueError(f"calib: {method} needs calibration windows, received None; see calibration_tokens")
-    decoder = Decoder(model)
-    decoder.check_prunable()
-    _check_layers(decoder, settings, collected)
-    _check_other_parameters(decoder)
+    decoder = check_model(model, settings, collected)
     windows = None if calib is None or collected is not None else check_tokens(decoder, calib)
     rows = []
     with (
@@ -120,6 +117,24 @@ def prune(
                 advance(1)
         seconds = time.perf_counter() - started
     return Report(pd.DataFrame(rows), settings, seconds, memory.bytes)
+
+
+def check_model(model: PreTrainedModel, settings: Settings, collected: Collected | None = None) -> Decoder:
+    """The model taken apart, once everything that can be known to fail in pruning it has been looked at.
+
+    Args:
+        model: the model; not changed.
+        settings: what would be done to it.
+        collected: statistics that would be used, if they are at hand.
+
+    Raises:
+        ValueError, SparselabError: see `prune`.
+    """
+    decoder = Decoder(model)
+    decoder.check_prunable()
+    _check_layers(decoder, settings, collected)
+    _check_other_parameters(decoder)
+    return decoder
 
 
 def collect(

@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from sparselab import corpora
+from sparselab import corpora, files
 from sparselab.errors import OutputError
 from sparselab.evaluation import Perplexity, bits_per_byte, perplexity
 from sparselab.models import load, quiet
@@ -60,6 +60,18 @@ class TrainConfig:
         "accelerate", "fsspec", "huggingface_hub", "jinja2", "matplotlib", "networkx", "numpy", "pandas", "torch",
     )  # fmt: skip
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        least = dict.fromkeys(("intermediate_size", "blocks", "heads", "steps", "batch_size", "hidden_size"), 1)
+        for name, low in (least | {"vocab_size": 258, "seqlen": 2, "warmup": 0, "seed": 0}).items():
+            if getattr(self, name) < low:
+                raise ValueError(f"{name}: expected at least {low}, received {getattr(self, name)}")
+        if self.hidden_size % (2 * self.heads):
+            wanted = f"a multiple of 2 · heads, {2 * self.heads}"
+            raise ValueError(f"hidden_size: expected {wanted}, received {self.hidden_size}")
+        for name in ("stdlib_share", "learning_rate", "weight_decay"):
+            if not 0 <= getattr(self, name) <= 1:  # NaN fails too
+                raise ValueError(f"{name}: expected a number from 0 to 1, received {getattr(self, name)}")
 
     @property
     def tokens(self) -> int:
@@ -102,12 +114,14 @@ def train(
         ValueError: a package of the configuration is not installed.
     """
     config = config or TrainConfig()
-    folder = _prepared(Path(out), resume)
+    _check_folder(Path(out), resume)
     tokenizer = train_tokenizer(corpora.documents("stdlib", "train"), config)
-    tokenizer.save_pretrained(folder)
     sources = _sources(tokenizer, config)
     held_out = corpora.evaluation_tokens(tokenizer, "stdlib", seqlen=min(256, config.seqlen))
+    folder = files.check_output(out) if not resume else Path(out)
     run = _Run(config, folder, torch.device(device), sources, held_out[:64])
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save_pretrained(folder)
     seconds = run.go(resume, compiled)
     _write_model(run.model, folder)
     model, _ = load(folder, device=device)
@@ -115,6 +129,7 @@ def train(
     card = _card(config, result, bits_per_byte(result, held_out, tokenizer), seconds, sources, model.num_parameters())
     (folder / "README.md").write_text(card, encoding="utf-8")
     (folder / _CHECKPOINT).unlink(missing_ok=True)
+    files.write_stamp(folder, "train", asdict(config))
     return result
 
 
@@ -230,13 +245,10 @@ class _Run:
         self.step, self.seconds = state["step"], state["seconds"]
 
 
-def _prepared(folder: Path, resume: bool) -> Path:
-    if not resume and folder.exists() and any(folder.iterdir()):
-        raise OutputError(
-            f"{folder}: expected an empty folder, found files in it; pass --resume to go on, or another --out"
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+def _check_folder(folder: Path, resume: bool) -> None:
+    if folder.exists() and any(folder.iterdir()) and not (resume and (folder / _CHECKPOINT).is_file()):
+        remedy = f"there is no {_CHECKPOINT} to resume from" if resume else "pass --resume to go on"
+        raise OutputError(f"{folder}: expected an empty folder, found files in it; {remedy}; choose another --out")
 
 
 def _sources(tokenizer: PreTrainedTokenizerFast, config: TrainConfig) -> list[Int[Tensor, " _"]]:

@@ -1,5 +1,6 @@
 import json
 import math
+import os
 import subprocess
 import sys
 
@@ -110,7 +111,8 @@ def test_train_and_resume(tmp_path, capsys, monkeypatch):
     arguments = ["train", "--out", str(tmp_path / "m"), *shape.split()]
     assert main(arguments) == 0
     assert "held-out perplexity" in capsys.readouterr().out
-    assert main([*arguments, "--resume"]) == 0
+    assert main([*arguments, "--resume"]) == 1, "it is finished"
+    assert "there is no checkpoint.pt to resume from" in capsys.readouterr().err
     assert main(arguments) == 1
     assert "pass --resume to go on" in capsys.readouterr().err
 
@@ -154,7 +156,7 @@ def test_failures_are_1_and_write_nothing(folder, text, tmp_path, capsys, argume
     out = tmp_path / "deep" / "out"
     given = ["prune", folder, "--out", out, "--dataset", text, *SMALL, *arguments]
     assert message in fails(capsys, given, 1)
-    assert list((tmp_path / "deep").iterdir()) == []
+    assert not (tmp_path / "deep").exists()
 
 
 def test_bad_models_are_1(folder, tmp_path, capsys, text):
@@ -200,3 +202,98 @@ def test_help_is_quick_and_the_module_runs():
     assert out.endswith("False\n")
     done = subprocess.run([sys.executable, "-m", "sparselab", "--version"], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("sparselab 0.")
+
+
+def test_a_failing_comparison_leaves_the_earlier_result_alone(folder, text, tmp_path, capsys):
+    out = tmp_path / "out"
+    arguments = [
+        "compare",
+        str(folder),
+        "--out",
+        str(out),
+        "--dataset",
+        text,
+        "--sparsity",
+        "50%",
+        "--methods",
+        "wanda",
+    ]
+    arguments += ["--eval-nsamples", "5", *SMALL]
+    assert main(arguments) == 0
+    before = {file.name: file.read_bytes() for file in out.iterdir()}
+    capsys.readouterr()
+    for wrong, message in (
+        (["--dataset", "nowhere.txt"], "nowhere.txt"),
+        (["--nsamples", "100000"], "nsamples: expected at most the"),
+    ):
+        assert main([*arguments, "--overwrite", *wrong]) == 1
+        assert message in capsys.readouterr().err
+        assert {file.name: file.read_bytes() for file in out.iterdir()} == before
+    assert main([*arguments, "--overwrite", "--sparsity", "50%", "2:3"]) == 1
+    assert "M must divide d_in" in capsys.readouterr().err
+    assert {file.name: file.read_bytes() for file in out.iterdir()} == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out", "text.txt"]
+
+
+def test_what_finished_before_a_failure_is_kept_and_named(folder, text, tmp_path, capsys, monkeypatch):
+    import sparselab.experiment
+
+    calls = []
+
+    def failing(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 2:
+            raise RuntimeError("out of luck")
+        return prune(*args, **kwargs)
+
+    prune = sparselab.experiment.prune
+    monkeypatch.setattr("sparselab.experiment.prune", failing)
+    arguments = ["compare", folder, "--out", tmp_path / "out", "--dataset", text, "--sparsity", "50%", *SMALL]
+    assert main([str(argument) for argument in [*arguments, "--eval-nsamples", "5"]]) == 1
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert "RuntimeError: out of luck; what was finished is kept in " in message
+    kept = message.rpartition(" ")[2]
+    assert list(pd.read_csv(f"{kept}/runs.csv").method) == ["dense", "magnitude"]
+
+
+def test_the_model_that_is_read_is_never_the_output(folder, text, capsys):
+    for out in (folder, folder / "inside", folder / ".." / "model"):
+        message = fails(capsys, ["prune", folder, "--out", out, "--overwrite", "--dataset", text, *SMALL], 1)
+        assert "choose another --out" in message
+    assert (folder / "model.safetensors").is_file()
+
+
+def test_an_interruption_while_arguments_are_read_is_one_line(capsys, monkeypatch):
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sparselab.cli._method", interrupted)
+    assert main(["prune", "tiny", "--out", "x", "--method", "wanda"]) == 1
+    assert capsys.readouterr().err == "sparselab: interrupted\n"
+
+
+def test_whatever_a_library_raises_is_one_line(folder, text, tmp_path, capsys, monkeypatch):
+    class OddError(Exception):
+        pass
+
+    def odd(*args, **kwargs):
+        raise OddError("no space\nleft on device")
+
+    monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", odd)
+    message = fails(capsys, ["prune", folder, "--out", tmp_path / "out", "--dataset", text, *SMALL], 1)
+    assert message.endswith("error: OddError: no space left on device")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_terminal_without_the_letters_gets_other_ones(folder, text):
+    command = [sys.executable, "-m", "sparselab", "eval", str(folder), "--dataset", text, "--seqlen", "16"]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    assert " ? " in done.stdout
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "meta", "abacus"])
+def test_devices_that_are_not_there(folder, text, device, capsys):
+    message = fails(capsys, ["eval", folder, "--dataset", text, "--device", device], 1)
+    assert f"received '{device}'" in message
+    assert "device: expected one of cpu" in message

@@ -100,3 +100,10 @@ def test_stdlib_calibration_and_evaluation_share_nothing(tokenizer):
     calib = calibration_tokens(tokenizer, nsamples=50, seqlen=64)
     held_out = evaluation_tokens(tokenizer, nsamples=50, seqlen=64)
     assert not {tuple(row) for row in calib.tolist()} & {tuple(row) for row in held_out.tolist()}
+
+
+def test_an_empty_name_is_not_the_current_folder_and_seeds_are_not_negative(tokenizer):
+    with pytest.raises(ValueError, match="dataset '': expected 'stdlib'"):
+        documents("")
+    with pytest.raises(ValueError, match="seed: expected a whole number from 0, received -1"):
+        calibration_tokens(tokenizer, TEXTS, 2, 16, seed=-1)

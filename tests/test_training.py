@@ -1,5 +1,6 @@
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -34,7 +35,7 @@ def test_a_trained_folder_is_a_model(tmp_path):
     assert f"| held-out perplexity | {result} (" in card
     assert "bits per byte" in card
     assert sorted(file.name for file in (tmp_path / "m").iterdir()) == [
-        "README.md", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
+        "README.md", "config.json", "generation_config.json", "model.safetensors", "sparselab.json", "tokenizer.json",
         "tokenizer_config.json", "training.jsonl",
     ]  # fmt: skip
     last = json.loads((tmp_path / "m" / "training.jsonl").read_text().splitlines()[-1])
@@ -109,3 +110,23 @@ def test_loss_of_a_fresh_model_is_that_of_guessing(tmp_path):
     stream = torch.randint(0, 280, (500,))
     run = training._Run(SMALL, tmp_path, torch.device("cpu"), [stream], stream.view(-1, 50)[:2])
     assert run._loss(run._batch()).item() == pytest.approx(math.log(280), rel=0.05)
+
+
+def test_resuming_touches_no_folder_that_holds_something_else(tmp_path):
+    (tmp_path / "README.md").write_text("mine")
+    with pytest.raises(OutputError, match=r"there is no checkpoint\.pt to resume from"):
+        train(tmp_path, SMALL, resume=True)
+    assert [file.name for file in tmp_path.iterdir()] == ["README.md"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("steps", 0, "expected at least 1"), ("batch_size", 0, "at least 1"), ("heads", 0, "at least 1"),
+        ("heads", 3, "hidden_size: expected a multiple"), ("vocab_size", 0, "at least 258"), ("seed", -1, "at least 0"),
+        ("warmup", -1, "at least 0"), ("stdlib_share", 5.0, "from 0 to 1"), ("learning_rate", math.nan, "from 0 to 1"),
+    ],
+)  # fmt: skip
+def test_settings_that_cannot_work(name, value, words):
+    with pytest.raises(ValueError, match=words):
+        replace(SMALL, **{name: value})

@@ -6,12 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import constants, get_session
+from huggingface_hub.utils import logging as hub_logging
+from huggingface_hub.utils import validate_repo_id
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from sparselab.errors import ModelLoadError
 
 _PACKAGE = Path(__file__).resolve().parents[1]
+_SECONDS_FOR_THE_HUB = 5
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken*", "spiece*")
 
 
 def load(
@@ -25,23 +30,41 @@ def load(
         dtype: of the weights; "auto" takes what the model's configuration says.
 
     Raises:
-        ModelLoadError: nothing there, a damaged file, missing weights, or not a causal language model.
+        ModelLoadError: nothing there, a damaged file, weights that are missing, do not fit or have no place, no
+            tokenizer, or not a causal language model.
+        ValueError: there is no such device here.
     """
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    where = tiny_folder() if name == "tiny" else Path(name)
-    source = str(where) if where.exists() else str(name)
-    if where.exists() and not (where / "config.json").is_file():
-        raise ModelLoadError(f"{name}: expected a model folder with a config.json, found none in it")
+    place = existing_device(device)
+    source, options = _found(name)
     with quiet():
         try:
-            opened: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True)
-            tokenizer = AutoTokenizer.from_pretrained(source)
+            # Tokenizer first: it is quick to open, and quick to miss.
+            tokenizer = AutoTokenizer.from_pretrained(source, **options)
+            opened: Any = AutoModelForCausalLM.from_pretrained(
+                source, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
+            )
         except Exception as error:  # transformers, safetensors, json and tokenizers each raise their own
-            raise ModelLoadError(_why_not(name, where, error)) from error
+            raise ModelLoadError(f"{name}: {_why_not(source, error)}") from error
     model, info = opened
-    if missing := sorted(info["missing_keys"]):
-        raise ModelLoadError(f"{name}: its files lack {len(missing)} weights, first {missing[0]}; fetch it again")
+    if trouble := _misfit(model, info):
+        raise ModelLoadError(f"{name}: {trouble}")
     return model.to(place).eval(), tokenizer
+
+
+def existing_device(device: str | torch.device | None = None) -> torch.device:
+    """The device that a name means on this machine; None is the first GPU if there is one, else the CPU.
+
+    Raises:
+        ValueError: there is no such device here.
+    """
+    gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    others = ["mps"] if torch.backends.mps.is_available() else []
+    place = ("cuda" if gpus else "cpu") if device is None else str(device)
+    if place not in ["cpu", *gpus, *others, *(["cuda"] if gpus else [])]:
+        raise ValueError(
+            f"device: expected one of {', '.join(['cpu', *gpus, *others])} on this machine, received {place!r}"
+        )
+    return torch.device(place)
 
 
 def tiny_folder() -> Path:
@@ -50,25 +73,76 @@ def tiny_folder() -> Path:
     return installed if installed.exists() else _PACKAGE.parent / "data" / "tiny"
 
 
-def _why_not(name: str | Path, where: Path, error: Exception) -> str:
+def _found(name: str | Path) -> tuple[str, dict[str, Any]]:
+    """Where to open a model from, and with which options for that."""
+    where = tiny_folder() if name == "tiny" else Path(name)
+    if not where.exists():
+        return str(name), {"local_files_only": not _hub_answers(str(name))}
+    if not (where / "config.json").is_file():
+        raise ModelLoadError(f"{name}: expected a model folder with a config.json, found none in it")
+    if not any(next(where.glob(pattern), None) for pattern in _TOKENIZER_FILES):
+        raise ModelLoadError(
+            f"{name}: has no tokenizer files; save the model's tokenizer there too (tokenizer.save_pretrained)"
+        )
+    return str(where), {}
+
+
+def _hub_answers(name: str) -> bool:
+    """Whether to ask the hub: one try in a few seconds, where its own client tries for half a minute."""
+    try:
+        validate_repo_id(name)
+        if not constants.HF_HUB_OFFLINE:
+            get_session().head(constants.ENDPOINT, timeout=_SECONDS_FOR_THE_HUB)
+    except Exception:  # its client is of one HTTP library or another, each with its own errors
+        return False
+    return not constants.HF_HUB_OFFLINE
+
+
+def _why_not(source: str, error: Exception) -> str:
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    if where.exists():
-        return f"{name}: cannot be read as a causal language model: {type(error).__name__}: {reason}"
+    if Path(source).exists():
+        return f"cannot be read as a causal language model: {type(error).__name__}: {reason}; fetch or save it again"
     return (
-        f"{name}: expected 'tiny', a model folder or a hub id; "
-        f"there is no such folder, and the hub gave nothing ({reason})"
+        "expected 'tiny', a model folder or a hub id; there is no such folder, and the hub gave nothing "
+        f"({reason}); check the name, and the network if it is a hub id"
     )
+
+
+def _misfit(model: PreTrainedModel, info: dict[str, Any]) -> str:
+    """In what the weights in the files are not those that the configuration asks for; empty if in nothing."""
+    missing, surplus = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+    if missing and {id(model.get_parameter(name)) for name in missing} <= {id(_head_weight(model))}:
+        return f"has no weights for the head ({missing[0]}), so it is not a causal language model; use one that is"
+    if missing:
+        return f"its files lack {len(missing)} weights, first {missing[0]}; fetch it again"
+    if surplus:
+        return (
+            f"its files hold {len(surplus)} weights that its config.json has no place for, first {surplus[0]}; "
+            "fetch both from the same model"
+        )
+    for name, found, expected in sorted(info["mismatched_keys"]):
+        return (
+            f"{name} is of shape {tuple(found)} in its files and of {tuple(expected)} by config.json; "
+            "fetch both from the same model"
+        )
+    return ""
+
+
+def _head_weight(model: PreTrainedModel) -> Any:
+    return getattr(model.get_output_embeddings(), "weight", None)
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
     """Silence the library's own bars and reports inside; what matters in them raises."""
-    bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    bars, verbosity, hub = logging.is_progress_bar_enabled(), logging.get_verbosity(), hub_logging.get_verbosity()
+    hub_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     try:
         yield
     finally:
         logging.set_verbosity(verbosity)
+        hub_logging.set_verbosity(hub)
         if bars:
             logging.enable_progress_bar()

@@ -84,3 +84,12 @@ def test_damaged_folders_are_named(folder, damage):
 def test_a_name_that_is_nothing():
     with pytest.raises(ModelLoadError, match=r"no/such-model: expected 'tiny', a model folder or a hub id"):
         sparselab.load("no/such-model")
+
+
+def test_weights_that_the_configuration_has_no_place_for_are_named(tmp_path, tokenizer):
+    tiny_llama().save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2}))
+    with pytest.raises(ModelLoadError, match=r"no place for, first model\.layers\.2\."):
+        sparselab.load(tmp_path)
