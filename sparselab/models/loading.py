@@ -117,7 +117,7 @@ def _misfit(model: PreTrainedModel, info: dict[str, Any]) -> str:
         return f"its files lack {len(missing)} weights, first {missing[0]}; fetch it again"
     if surplus:
         return (
-            f"its files hold {len(surplus)} weights that its config.json has no place for, first {surplus[0]}; "
+            f"its files hold {len(surplus)} weights for which its config.json has no place, first {surplus[0]}; "
             "fetch both from the same model"
         )
     for name, found, expected in sorted(info["mismatched_keys"]):

@@ -91,5 +91,5 @@ def test_weights_that_the_configuration_has_no_place_for_are_named(tmp_path, tok
     tokenizer.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2}))
-    with pytest.raises(ModelLoadError, match=r"no place for, first model\.layers\.2\."):
+    with pytest.raises(ModelLoadError, match=r"place.*, first model\.layers\.2\."):
         sparselab.load(tmp_path)
