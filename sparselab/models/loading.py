@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from huggingface_hub import constants, get_session
 from huggingface_hub.utils import logging as hub_logging
-from huggingface_hub.utils import validate_repo_id
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -77,7 +76,7 @@ def _found(name: str | Path) -> tuple[str, dict[str, Any]]:
     """Where to open a model from, and with which options for that."""
     where = tiny_folder() if name == "tiny" else Path(name)
     if not where.exists():
-        return str(name), {"local_files_only": not _hub_answers(str(name))}
+        return str(name), {"local_files_only": not _hub_answers()}
     if not (where / "config.json").is_file():
         raise ModelLoadError(f"{name}: expected a model folder with a config.json, found none in it")
     if not any(next(where.glob(pattern), None) for pattern in _TOKENIZER_FILES):
@@ -87,10 +86,9 @@ def _found(name: str | Path) -> tuple[str, dict[str, Any]]:
     return str(where), {}
 
 
-def _hub_answers(name: str) -> bool:
+def _hub_answers() -> bool:
     """Whether to ask the hub: one try in a few seconds, where its own client tries for half a minute."""
     try:
-        validate_repo_id(name)
         if not constants.HF_HUB_OFFLINE:
             get_session().head(constants.ENDPOINT, timeout=_SECONDS_FOR_THE_HUB)
     except Exception:  # its client is of one HTTP library or another, each with its own errors
