@@ -70,6 +70,24 @@ def check_output(path: str | Path, overwrite: bool = False, inputs: Iterable[str
     return folder
 
 
+def check_space(folder: Path, needed: int) -> None:
+    """Refuse to begin where the output will not fit.
+
+    Args:
+        folder: where it will be written.
+        needed: its size in bytes.
+
+    Raises:
+        OutputError: less is free.
+    """
+    free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
+    if free < needed:
+        raise OutputError(
+            f"{folder.parent}: the output takes {needed / 1e6:.0f} MB, found {free / 1e6:.0f} MB free; "
+            "make room or choose another --out"
+        )
+
+
 def write_stamp(folder: Path, command: str, settings: dict[str, Any]) -> None:
     """Record in an output folder what was run, with which settings and versions, and the files it holds by now."""
     packages = ("sparselab", "torch", "transformers", "tokenizers", "numpy")

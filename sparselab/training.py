@@ -23,10 +23,12 @@ from sparselab import corpora, files
 from sparselab.errors import OutputError
 from sparselab.evaluation import Perplexity, bits_per_byte, perplexity
 from sparselab.models import load, quiet
+from sparselab.models.loading import existing_device
 
 _END = "<|endoftext|>"
 _CHECKPOINT = "checkpoint.pt"
 _MINUTES_BETWEEN_CHECKPOINTS = 3.0
+_BYTES_A_PARAMETER = 26  # two checkpoints of weights and two moments in float32 for a moment, and the model in bfloat16
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,9 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        packages: Any = self.packages
+        if isinstance(packages, str):
+            raise TypeError(f"packages: expected several names in a tuple, received {packages!r}")
         least = dict.fromkeys(("intermediate_size", "blocks", "heads", "steps", "batch_size", "hidden_size"), 1)
         for name, low in (least | {"vocab_size": 258, "seqlen": 2, "warmup": 0, "seed": 0}).items():
             if getattr(self, name) < low:
@@ -96,13 +101,13 @@ def train(
 ) -> Perplexity:
     """Train a model from nothing and write it to a folder, with its tokenizer, its model card and its training log.
 
-    A checkpoint is kept in the folder while training lasts. Resumed runs end with the weights that an
-    uninterrupted one would have had on the same machine.
+    A checkpoint is kept in the folder while training lasts, from some minutes on; the model then takes its place.
+    Resumed runs end with the weights that an uninterrupted one would have had on the same machine.
 
     Args:
-        out: folder to write; must be empty or absent unless resuming.
+        out: folder to write; must be empty or absent, or hold the checkpoint of an earlier training to resume.
         config: see `TrainConfig`.
-        resume: go on from the checkpoint in `out`; starts from nothing if there is none.
+        resume: go on from the checkpoint in `out`; starts from nothing if there is nothing in it.
         compiled: compile the model first (a C++ compiler is needed); faster after a minute.
         device: where to train.
 
@@ -110,26 +115,30 @@ def train(
         Held-out perplexity of the model as written.
 
     Raises:
-        OutputError: the folder is in use, or holds a checkpoint of another configuration.
-        ValueError: a package of the configuration is not installed.
+        OutputError: the folder holds anything else, or a checkpoint that is damaged or of another configuration.
+        ValueError: there is no such device, a package is not installed, or there is less text than one window.
     """
     config = config or TrainConfig()
-    _check_folder(Path(out), resume)
+    place, folder = existing_device(device), _checked_folder(out, resume)
+    state = _read_checkpoint(folder / _CHECKPOINT, config, place)
+    for package in config.packages:
+        _package_root(package)
     tokenizer = train_tokenizer(corpora.documents("stdlib", "train"), config)
     sources = _sources(tokenizer, config)
     held_out = corpora.evaluation_tokens(tokenizer, "stdlib", seqlen=min(256, config.seqlen))
-    folder = files.check_output(out) if not resume else Path(out)
-    run = _Run(config, folder, torch.device(device), sources, held_out[:64])
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save_pretrained(folder)
-    seconds = run.go(resume, compiled)
-    _write_model(run.model, folder)
-    model, _ = load(folder, device=device)
-    result = perplexity(model, held_out)
-    card = _card(config, result, bits_per_byte(result, held_out, tokenizer), seconds, sources, model.num_parameters())
-    (folder / "README.md").write_text(card, encoding="utf-8")
-    (folder / _CHECKPOINT).unlink(missing_ok=True)
-    files.write_stamp(folder, "train", asdict(config))
+    run = _Run(config, folder, place, sources, held_out[:64], state)
+    files.check_space(folder, _BYTES_A_PARAMETER * run.model.num_parameters())
+    seconds = run.go(compiled)
+    with files.finished_output(folder, overwrite=True) as finished:
+        tokenizer.save_pretrained(finished)
+        _write_model(run.model, finished)
+        model, _ = load(finished, device=place)
+        result = perplexity(model, held_out)
+        bpb = bits_per_byte(result, held_out, tokenizer)
+        files.write_text(finished / "training.jsonl", "".join(json.dumps(row) + "\n" for row in run.log))
+        card = _card(config, result, bpb, seconds, sources, model.num_parameters())
+        files.write_text(finished / "README.md", card)
+        files.write_stamp(finished, "train", asdict(config))
     return result
 
 
@@ -159,19 +168,23 @@ class _Run:
         device: torch.device,
         sources: list[Int[Tensor, " _"]],
         held_out: Int[Tensor, "windows seqlen"],
+        state: dict[str, Any] | None = None,
     ) -> None:
         self.config, self.folder, self.device = config, folder, device
         self.sources, self.held_out = [source.numpy() for source in sources], held_out
         self.step, self.seconds = 0, 0.0
+        self.log: list[dict[str, float]] = []
         torch.manual_seed(config.seed)
         with device:
             self.model = _fresh_model(config)
         self.optimizer = _optimizer(self.model, config)
+        if state is not None:
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.step, self.seconds, self.log = state["step"], state["seconds"], state["log"]
 
-    def go(self, resume: bool, compiled: bool) -> float:
+    def go(self, compiled: bool) -> float:
         """Train to the last step; returns the seconds spent, those before a resume included."""
-        if resume and (self.folder / _CHECKPOINT).exists():
-            self._restore()
         compute_loss = torch.compile(self._loss) if compiled else self._loss
         saved = started = time.monotonic()
         first, before = self.step, self.seconds
@@ -222,33 +235,52 @@ class _Run:
     def _log(self, loss: float) -> None:
         ppl = perplexity(self.model, self.held_out, progress=False)
         row = {"step": self.step, "loss": loss, "heldout_perplexity": float(ppl), "seconds": self.seconds}
-        with (self.folder / "training.jsonl").open("a", encoding="utf-8") as log:
-            log.write(json.dumps({name: round(value, 4) for name, value in row.items()}) + "\n")
+        self.log.append({name: round(value, 4) for name, value in row.items()})
         tqdm.write(f"step {self.step}: loss {loss:.3f}, held-out perplexity {ppl} (first 64 windows)")
 
     def _save(self) -> None:
         state = {
-            "config": _plain(self.config), "step": self.step, "seconds": self.seconds,
+            "config": _plain(self.config), "step": self.step, "seconds": self.seconds, "log": self.log,
             "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
         }  # fmt: skip
-        partial = self.folder / (_CHECKPOINT + ".partial")
-        torch.save(state, partial)
-        partial.replace(self.folder / _CHECKPOINT)
-
-    def _restore(self) -> None:
-        state = torch.load(self.folder / _CHECKPOINT, map_location=self.device, weights_only=True)
-        if state["config"] != (mine := _plain(self.config)):
-            differing = [name for name in mine if state["config"].get(name) != mine[name]]
-            raise OutputError(f"{self.folder}: its checkpoint was made with other settings of {', '.join(differing)}")
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self.seconds = state["step"], state["seconds"]
+        first = not (self.folder / _CHECKPOINT).exists()
+        if first:  # nothing is written before that: somebody else may use the folder by now
+            files.check_output(self.folder)
+            self.folder.mkdir(parents=True, exist_ok=True)
+        with files.written_whole(self.folder / _CHECKPOINT) as partial:
+            torch.save(state, partial)
+        if first:  # later ones would claim files that others have put there
+            files.write_stamp(self.folder, "train", asdict(self.config))
 
 
-def _check_folder(folder: Path, resume: bool) -> None:
-    if folder.exists() and any(folder.iterdir()) and not (resume and (folder / _CHECKPOINT).is_file()):
-        remedy = f"there is no {_CHECKPOINT} to resume from" if resume else "pass --resume to go on"
-        raise OutputError(f"{folder}: expected an empty folder, found files in it; {remedy}; choose another --out")
+def _checked_folder(out: str | Path, resume: bool) -> Path:
+    """The output's path, if nothing is there, or only the checkpoint of an earlier training that is to go on."""
+    folder = files.check_output(out, overwrite=True)
+    if files.read_stamp(folder) is not None:
+        if not (folder / _CHECKPOINT).is_file():
+            raise OutputError(
+                f"{out}: holds a finished output, with no {_CHECKPOINT} to go on from; choose another --out"
+            )
+        if not resume:
+            raise OutputError(f"{out}: holds an unfinished training; pass --resume to go on, or another --out")
+    return folder
+
+
+def _read_checkpoint(path: Path, config: TrainConfig, device: torch.device) -> dict[str, Any] | None:
+    if not path.exists():
+        return None
+    try:
+        state: Any = torch.load(path, map_location=device, weights_only=True)
+        theirs = {name: state[name] for name in ("config", "step", "seconds", "log", "model", "optimizer")}["config"]
+    except Exception as error:  # pickle, zip and torch each raise their own
+        raise OutputError(
+            f"{path}: cannot be read as a checkpoint ({type(error).__name__}); choose another --out"
+        ) from error
+    if differing := [name for name, value in _plain(config).items() if theirs.get(name) != value]:
+        raise OutputError(
+            f"{path}: was made with other settings of {', '.join(differing)}; give those, or another --out"
+        )
+    return state  # type: ignore[no-any-return]
 
 
 def _sources(tokenizer: PreTrainedTokenizerFast, config: TrainConfig) -> list[Int[Tensor, " _"]]:
@@ -256,17 +288,27 @@ def _sources(tokenizer: PreTrainedTokenizerFast, config: TrainConfig) -> list[In
     texts = [corpora.documents("stdlib", "train")]
     if config.packages:
         texts.append(list(_package_documents(config.packages)))
-    return [corpora.token_stream(tokenizer, documents) for documents in tqdm(texts, desc="tokenise", unit="source")]
+    streams = [corpora.token_stream(tokenizer, documents) for documents in tqdm(texts, desc="tokenise", unit="source")]
+    if (shortest := min(len(stream) for stream in streams)) < config.seqlen:
+        raise ValueError(f"seqlen: expected at most the {shortest} tokens of the text, received {config.seqlen}")
+    return streams
+
+
+def _package_root(package: str) -> Path:
+    try:
+        spec = find_spec(package)
+    except (ImportError, ValueError):  # the package that should hold it is missing, or it is no name
+        spec = None
+    if spec is None or not spec.submodule_search_locations:
+        raise ValueError(f"package {package!r} is not installed; install it, or train without it")
+    return Path(spec.submodule_search_locations[0])
 
 
 def _package_documents(packages: Sequence[str]) -> Iterator[str]:
     """Sources of installed packages without their tests and without copies of held-out modules."""
     held_out = {line for text in corpora.documents("stdlib", "heldout") for line in _telling_lines(text)}
     for package in packages:
-        spec = find_spec(package)
-        if spec is None or not spec.submodule_search_locations:
-            raise ValueError(f"package {package!r} is not installed; install it, or train without it")
-        root = Path(spec.submodule_search_locations[0])
+        root = _package_root(package)
         for path in sorted(root.rglob("*.py")):
             if {"test", "tests", "testing"} & set(path.relative_to(root).parts):
                 continue

@@ -112,9 +112,9 @@ def test_train_and_resume(tmp_path, capsys, monkeypatch):
     assert main(arguments) == 0
     assert "held-out perplexity" in capsys.readouterr().out
     assert main([*arguments, "--resume"]) == 1, "it is finished"
-    assert "there is no checkpoint.pt to resume from" in capsys.readouterr().err
+    assert "no checkpoint.pt to go on from; choose another --out" in capsys.readouterr().err
     assert main(arguments) == 1
-    assert "pass --resume to go on" in capsys.readouterr().err
+    assert "holds a finished output" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -129,6 +129,20 @@ def test_train_and_resume(tmp_path, capsys, monkeypatch):
         (["shrink"], "shrink"),
         ([], "COMMAND"),
         (["eval", "FOLDER", "--nsamples", "many"], "invalid int value: 'many'"),
+        (["prune", "FOLDER", "--out", "OUT", "--percdamp", "-1"], "--percdamp: expected at least 0, received -1"),
+        (["prune", "FOLDER", "--out", "OUT", "--percdamp", "nan"], "--percdamp: expected at least 0, received nan"),
+        (["prune", "FOLDER", "--out", "OUT", "--percdamp", "inf"], "--percdamp: expected at least 0, received inf"),
+        (["prune", "FOLDER", "--out", "OUT", "--blocksize", "0"], "--blocksize: expected at least 1, received 0"),
+        (["prune", "FOLDER", "--out", "OUT", "--nsamples", "0"], "--nsamples: expected at least 1, received 0"),
+        (["prune", "FOLDER", "--out", "OUT", "--seqlen", "0"], "--seqlen: expected at least 1, received 0"),
+        (["prune", "FOLDER", "--out", "OUT", "--batch-size", "0"], "--batch-size: expected at least 1, received 0"),
+        (["prune", "FOLDER", "--out", "OUT", "--seed", "-1"], "--seed: expected at least 0, received -1"),
+        (["prune", "FOLDER", "--out", "OUT", "--dataset", ""], "--dataset: expected 'stdlib', a text file or a folder"),
+        (["compare", "FOLDER", "--out", "OUT", "--eval-dataset", ""], "--eval-dataset: expected 'stdlib'"),
+        (["compare", "FOLDER", "--out", "OUT", "--batch-size", "4"], "unrecognized arguments: --batch-size"),
+        (["eval", "FOLDER", "--seqlen", "1"], "--seqlen: expected at least 2, received 1"),
+        (["train", "--out", "OUT", "--steps", "-5"], "--steps: expected at least 1, received -5"),
+        (["train", "--out", "OUT", "--learning-rate", "nan"], "--learning-rate: expected at least 0, received nan"),
     ],
 )  # fmt: skip
 def test_wrong_usage_is_2(folder, tmp_path, capsys, arguments, message):
@@ -142,14 +156,10 @@ def test_wrong_usage_is_2(folder, tmp_path, capsys, arguments, message):
     [
         (["--sparsity", "2:3"], "pattern 2:3: M must divide d_in, received d_in 32"),
         (["--sparsity", "2:4", "--blocksize", "6"], "M must divide blocksize"),
-        (["--percdamp", "-1"], "percdamp: expected a finite number"),
-        (["--percdamp", "nan"], "percdamp: expected a finite number"),
-        (["--nsamples", "0"], "nsamples: expected at least 1, received 0"),
         (["--nsamples", "100000"], "too little text in text.txt: 100000 windows"),
         (["--seqlen", "65"], "64 positions, received windows of 65"),
         (["--dataset", "nowhere.txt"], "dataset 'nowhere.txt': expected 'stdlib', an existing text file"),
         (["--device", "abacus"], "abacus"),
-        (["--batch-size", "0"], "batch_size"),
     ],
 )
 def test_failures_are_1_and_write_nothing(folder, text, tmp_path, capsys, arguments, message):
@@ -267,7 +277,7 @@ def test_an_interruption_while_arguments_are_read_is_one_line(capsys, monkeypatc
     def interrupted(_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("sparselab.cli._method", interrupted)
+    monkeypatch.setattr("sparselab.arguments._method", interrupted)
     assert main(["prune", "tiny", "--out", "x", "--method", "wanda"]) == 1
     assert capsys.readouterr().err == "sparselab: interrupted\n"
 
@@ -297,3 +307,51 @@ def test_devices_that_are_not_there(folder, text, device, capsys):
     message = fails(capsys, ["eval", folder, "--dataset", text, "--device", device], 1)
     assert f"received '{device}'" in message
     assert "device: expected one of cpu" in message
+
+
+def test_a_full_disk_shows_before_the_work(folder, text, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000}))
+    message = fails(capsys, ["prune", folder, "--out", tmp_path / "out", "--dataset", text, *SMALL], 1)
+    assert "found 0 MB free; make room or choose another --out" in message
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "text.txt"]
+
+
+def test_texts_that_are_read_are_not_written_to(folder, text, tmp_path, capsys):
+    (tmp_path / "texts").mkdir()
+    for out, message in ((tmp_path / "texts", "which is read"), (tmp_path / "texts" / "out", "which is read")):
+        given = ["compare", folder, "--out", out, "--dataset", tmp_path / "texts", *SMALL]
+        assert message in fails(capsys, given, 1)
+    assert list((tmp_path / "texts").iterdir()) == []
+
+
+@pytest.mark.parametrize("read", [0, 1])
+def test_the_work_goes_on_when_nobody_reads_the_output(folder, text, tmp_path, read):
+    command = [sys.executable, "-m", "sparselab", "compare", folder, "--out", tmp_path / "out", "--dataset", text]
+    command += ["--sparsity", "50%", "--methods", "magnitude", "--eval-nsamples", "5", *SMALL]
+    with subprocess.Popen([str(word) for word in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        for _ in range(read):
+            process.stdout.readline()
+        process.stdout.close()
+        complaint = process.stderr.read().decode()
+        assert process.wait() == 0, complaint
+    assert "error" not in complaint.lower()
+    assert (tmp_path / "out" / "layer_errors.png").is_file()
+
+
+def test_an_interruption_says_what_is_kept(folder, text, tmp_path, capsys, monkeypatch):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sparselab.figures.sparsity_perplexity", interrupted)
+    arguments = ["compare", folder, "--out", tmp_path / "out", "--dataset", text, "--sparsity", "50%", *SMALL]
+    arguments += ["--methods", "magnitude", "--eval-nsamples", "5"]
+    assert main([str(argument) for argument in arguments]) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("sparselab: interrupted; what was finished is kept in ")
+    assert len(pd.read_csv(last.rpartition(" ")[2] + "/runs.csv")) == 2
+
+
+def test_the_example_in_the_help_can_be_copied(capsys):
+    with pytest.raises(SystemExit):
+        main(["compare", "--help"])
+    assert "--sparsity 50% 2:4\n" in capsys.readouterr().out

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -102,3 +103,29 @@ def test_estimate_is_positive_and_grows_with_the_work(llama):
 def test_bad_configurations(arguments, message):
     with pytest.raises(ValueError, match=message):
         CompareConfig(**arguments)
+
+
+@pytest.mark.usefixtures("untyped")
+@pytest.mark.parametrize("name", ["methods", "sparsities"])
+def test_one_word_is_not_several(name):
+    with pytest.raises(TypeError, match=f"{name}: expected several in a tuple, received 'wanda'"):
+        CompareConfig(**{name: "wanda"})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sparsities": ("50%", "2:3")}, "pattern 2:3: M must divide d_in"),
+        ({"nsamples": 10**6}, "expected at most the .* windows"),
+        ({"dataset": "nowhere.txt"}, "nowhere.txt"),
+        ({"seed": -1}, "seed"),
+        ({"seqlen": 65}, "64 positions"),
+    ],
+)
+def test_what_can_be_known_is_checked_before_the_first_run(llama, tokenizer, tmp_path, monkeypatch, changes, message):
+    monkeypatch.setattr("sparselab.experiment.Workbench.run", lambda *_: pytest.fail("a run was begun"))
+    with pytest.raises(ValueError, match=message):
+        compare(llama, tokenizer, replace(CONFIG, **changes), "m", tmp_path, progress=False)
+    with pytest.raises(ValueError, match="out: expected an existing folder"):
+        compare(llama, tokenizer, CONFIG, "m", tmp_path / "none", progress=False)
+    assert list(tmp_path.iterdir()) == []

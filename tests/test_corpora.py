@@ -107,3 +107,11 @@ def test_an_empty_name_is_not_the_current_folder_and_seeds_are_not_negative(toke
         documents("")
     with pytest.raises(ValueError, match="seed: expected a whole number from 0, received -1"):
         calibration_tokens(tokenizer, TEXTS, 2, 16, seed=-1)
+
+
+@pytest.mark.usefixtures("untyped")
+def test_a_text_in_place_of_a_name_and_no_seed(tokenizer):
+    with pytest.raises(ValueError, match=r"dataset 'word .*\[\.\.\.\]': expected 'stdlib'"):
+        documents("word " * 2000)
+    with pytest.raises(ValueError, match="received None"):
+        calibration_tokens(tokenizer, TEXTS, 2, 16, seed=None)

@@ -113,10 +113,90 @@ def test_loss_of_a_fresh_model_is_that_of_guessing(tmp_path):
 
 
 def test_resuming_touches_no_folder_that_holds_something_else(tmp_path):
-    (tmp_path / "README.md").write_text("mine")
-    with pytest.raises(OutputError, match=r"there is no checkpoint\.pt to resume from"):
-        train(tmp_path, SMALL, resume=True)
-    assert [file.name for file in tmp_path.iterdir()] == ["README.md"]
+    for name in ("README.md", "checkpoint.pt"):
+        (tmp_path / name).write_text("mine")
+        with pytest.raises(OutputError, match=r"did not write them"):
+            train(tmp_path, SMALL, resume=True)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["README.md", "checkpoint.pt"]
+
+
+@pytest.fixture
+def unfinished(tmp_path, monkeypatch):
+    """A folder with the checkpoint of a training that was interrupted after five steps."""
+    real = training._Run._one_step
+
+    def interrupted(self, compute_loss):
+        if self.step == 5:
+            raise KeyboardInterrupt
+        return real(self, compute_loss)
+
+    monkeypatch.setattr(training, "_MINUTES_BETWEEN_CHECKPOINTS", 0.0)
+    monkeypatch.setattr(training._Run, "_one_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "m", SMALL)
+    monkeypatch.setattr(training._Run, "_one_step", real)
+    return tmp_path / "m"
+
+
+def test_an_unfinished_training_is_a_checkpoint_and_a_stamp(unfinished):
+    assert sorted(file.name for file in unfinished.iterdir()) == ["checkpoint.pt", "sparselab.json"]
+    (unfinished / "notes").write_text("mine")
+    with pytest.raises(OutputError, match="did not write, first notes; move them"):
+        train(unfinished, SMALL, resume=True)
+    assert len(list(unfinished.iterdir())) == 3
+
+
+def test_what_others_put_beside_the_checkpoint_stays_theirs(unfinished, monkeypatch):
+    real = training._Run._save
+
+    def somebody_comes(self):
+        real(self)
+        (unfinished / "notes").write_text("mine")
+
+    monkeypatch.setattr(training._Run, "_save", somebody_comes)
+    with pytest.raises(OutputError, match="did not write, first notes; move them"):
+        train(unfinished, SMALL, resume=True)
+    (unfinished / "notes").unlink()
+    monkeypatch.setattr(training._Run, "_save", real)
+    train(unfinished, SMALL, resume=True)
+    assert (unfinished / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage" * 100, None], ids=["empty", "garbage", "foreign"])
+def test_damaged_checkpoints(unfinished, content):
+    path = unfinished / "checkpoint.pt"
+    torch.save({"step": 3}, path) if content is None else path.write_bytes(content)
+    with pytest.raises(OutputError, match=r"checkpoint\.pt: cannot be read as a checkpoint"):
+        train(unfinished, SMALL, resume=True)
+
+
+def test_files_put_beside_the_checkpoint_meanwhile_stop_the_end_and_lose_nothing(unfinished, monkeypatch):
+    real = training._write_model
+
+    def somebody_comes(model, folder):
+        (unfinished / "notes").write_text("mine")
+        real(model, folder)
+
+    monkeypatch.setattr(training, "_write_model", somebody_comes)
+    with pytest.raises(OutputError, match="meanwhile") as caught:
+        train(unfinished, SMALL, resume=True)
+    assert sorted(file.name for file in unfinished.iterdir()) == ["checkpoint.pt", "notes", "sparselab.json"]
+    kept = caught.value.__notes__[0].rpartition(" ")[2]
+    AutoModelForCausalLM.from_pretrained(kept)
+
+
+@pytest.mark.parametrize(
+    ("changes", "device", "words"),
+    [
+        ({"packages": ("no.such.package",)}, "cpu", "'no.such.package' is not installed"),
+        ({"seqlen": 10**8}, "cpu", r"seqlen: expected at most the \d+ tokens"),
+        ({}, "abacus", "device: expected one of cpu"),
+    ],
+)
+def test_what_fails_before_the_first_step_writes_nothing(tmp_path, changes, device, words):
+    with pytest.raises(ValueError, match=words):
+        train(tmp_path / "deep" / "m", replace(SMALL, **changes), device=device)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -130,3 +210,10 @@ def test_resuming_touches_no_folder_that_holds_something_else(tmp_path):
 def test_settings_that_cannot_work(name, value, words):
     with pytest.raises(ValueError, match=words):
         replace(SMALL, **{name: value})
+
+
+def test_a_full_disk_shows_before_the_first_step(tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000}))
+    with pytest.raises(OutputError, match="MB free; make room or choose another --out"):
+        train(tmp_path / "deep" / "m", SMALL)
+    assert list(tmp_path.iterdir()) == []

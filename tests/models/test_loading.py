@@ -1,5 +1,6 @@
 import json
 import os
+import time
 
 import pytest
 import torch
@@ -93,3 +94,44 @@ def test_weights_that_the_configuration_has_no_place_for_are_named(tmp_path, tok
     (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2}))
     with pytest.raises(ModelLoadError, match=r"place.*, first model\.layers\.2\."):
         sparselab.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: drop(folder, "token*"), "has no tokenizer files; save the model's tokenizer there too"),
+        (lambda folder: edit_config(folder, intermediate_size=64), r"shape \(32, 48\) in its files and of \(32, 64\)"),
+        (lambda folder: tiny_llama().model.save_pretrained(folder), r"no weights for the head \(lm_head\.weight\)"),
+        (truncate_weights, "fetch or save it again"),
+        (drop_a_weight, r"lack 1 weights, first model\.layers\.1\.mlp\.up_proj\.weight; fetch it again"),
+    ],
+)  # fmt: skip
+def test_damages_come_with_a_remedy(folder, damage, message):
+    damage(folder)
+    with pytest.raises(ModelLoadError, match=message):
+        sparselab.load(folder)
+
+
+@pytest.mark.usefixtures("untyped")
+@pytest.mark.parametrize("device", ["abacus", "meta", "cuda:99", 3, torch.device("meta")])
+def test_devices_that_are_not_here(folder, device):
+    with pytest.raises(ValueError, match=r"device: expected one of cpu.* on this machine, received "):
+        sparselab.load(folder, device)
+
+
+def test_a_name_that_is_nothing_is_quick_and_quiet_without_a_network(monkeypatch, capfd):
+    from huggingface_hub import constants
+
+    def unreachable(*args, **kwargs):
+        raise OSError("no network")
+
+    asked = []
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("sparselab.models.loading.get_session", lambda: asked.append(1) or unreachable())
+    monkeypatch.setattr("huggingface_hub.utils._http.get_session", unreachable)
+    started = time.monotonic()
+    with pytest.raises(ModelLoadError, match=r"no/such-model: expected 'tiny', .*check the name, and the network"):
+        sparselab.load("no/such-model")
+    assert time.monotonic() - started < 5
+    assert asked == [1]
+    assert capfd.readouterr() == ("", "")

@@ -1,0 +1,185 @@
+"""What the command line takes: commands, options, and which values of them make no sense."""
+
+import argparse
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from sparselab import __version__
+
+if TYPE_CHECKING:
+    from sparselab.solvers import Pattern
+
+Runs = dict[str, Callable[[argparse.Namespace], None]]
+
+
+def build_parser(runs: Runs) -> argparse.ArgumentParser:
+    """The parser of the command line; its result has the command's function as `run`.
+
+    Args:
+        runs: a function for each of the commands compare, prune, eval and train.
+    """
+    parser = argparse.ArgumentParser(
+        prog="sparselab", description="One-shot pruning of language models: magnitude, Wanda and SparseGPT, measured."
+    )
+    parser.add_argument("--version", action="version", version=f"sparselab {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    _add_compare(commands, runs)
+    _add_prune(commands, runs)
+    _add_eval(commands, runs)
+    _add_train(commands, runs)
+    return parser
+
+
+def _add_compare(commands: Any, runs: Runs) -> None:
+    parser = _command(
+        commands, "compare", runs, "prune one model by every method and print what each cost",
+        "sparselab compare tiny --out demo --sparsity 50% 2:4",
+    )  # fmt: skip
+    parser.add_argument("model", nargs="?", default="tiny", help="'tiny', a model folder or a hub id (default: tiny)")
+    _add_output(parser, "folder for runs.csv, layers.csv and figures")
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        type=_method,
+        default=["magnitude", "wanda", "sparsegpt"],
+        metavar="M",
+        help="some of magnitude, wanda and sparsegpt (default: all)",
+    )
+    parser.add_argument(
+        "--sparsity", nargs="+", type=_sparsity, default=["50%", "60%", "70%", "2:4"],
+        help="fractions, percentages or N:M (default: 50%% 60%% 70%% 2:4)", metavar="S",
+    )  # fmt: skip
+    _add_solver(parser)
+    _add_calibration(parser)
+    parser.add_argument(
+        "--eval-dataset", type=_dataset, default="stdlib", help="text to evaluate on (default: stdlib, held-out part)"
+    )
+    parser.add_argument("--eval-nsamples", type=_at_least(1), default=400, help="evaluation windows (default: 400)")
+    _add_machine(parser)
+
+
+def _add_prune(commands: Any, runs: Runs) -> None:
+    parser = _command(
+        commands, "prune", runs, "prune a model and save it",
+        "sparselab prune tiny --out tiny-24 --method sparsegpt --sparsity 2:4",
+    )  # fmt: skip
+    parser.add_argument("model", help="'tiny', a model folder or a hub id")
+    _add_output(parser, "folder for the pruned model")
+    parser.add_argument("--method", type=_method, default="sparsegpt", help="magnitude, wanda or sparsegpt")
+    parser.add_argument("--sparsity", type=_sparsity, default="50%", help="0.5, 50%% or 2:4 (default: 50%%)")
+    parser.add_argument(
+        "--propagate", choices=("pruned", "dense"), default="pruned", help="what each block is calibrated on"
+    )
+    _add_solver(parser)
+    _add_calibration(parser)
+    _add_batch_size(parser)
+    _add_machine(parser)
+
+
+def _add_eval(commands: Any, runs: Runs) -> None:
+    parser = _command(
+        commands, "eval", runs, "measure a model's perplexity", "sparselab eval tiny --dataset my-texts/ --seqlen 256"
+    )
+    parser.add_argument("model", help="'tiny', a model folder or a hub id")
+    parser.add_argument(
+        "--dataset", type=_dataset, default="stdlib", help="'stdlib' (held-out part), a text file or a folder"
+    )
+    parser.add_argument("--nsamples", type=_at_least(1), default=None, help="windows (default: all there are)")
+    parser.add_argument("--seqlen", type=_at_least(2), default=256, help="tokens a window (default: 256)")
+    _add_batch_size(parser)
+    _add_machine(parser)
+
+
+def _add_train(commands: Any, runs: Runs) -> None:
+    parser = _command(
+        commands, "train", runs, "train the bundled model again", "sparselab train --out my-tiny --steps 2000"
+    )
+    parser.add_argument("--out", required=True, help="folder for the model; its checkpoint is kept there meanwhile")
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out, if there is one")
+    parser.add_argument("--compile", action="store_true", help="compile first: faster, needs a C++ compiler")
+    for name in ("vocab_size", "hidden_size", "intermediate_size", "blocks", "heads", "seqlen", "steps", "batch_size"):
+        parser.add_argument("--" + name.replace("_", "-"), type=_at_least(1))
+    for name in ("warmup", "seed"):
+        parser.add_argument("--" + name, type=_at_least(0))
+    for name in ("learning_rate", "weight_decay", "stdlib_share"):
+        parser.add_argument("--" + name.replace("_", "-"), type=_at_least(0, float))
+    parser.add_argument("--packages", nargs="*", help="installed packages to read besides the standard library")
+    parser.add_argument("--device", default=None, help="where to train (default: cpu)")
+
+
+def _command(commands: Any, name: str, runs: Runs, what: str, example: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name, help=what, description=what[0].upper() + what[1:] + ".", epilog=f"example: {example}"
+    )
+    parser.set_defaults(run=runs[name])
+    parser.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
+    return parser
+
+
+def _add_output(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument("--out", required=True, help=what)
+    parser.add_argument("--overwrite", action="store_true", help="replace what an earlier run wrote there")
+
+
+def _add_solver(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--percdamp", type=_at_least(0, float), default=0.01, help="damping, of the mean diagonal (default: 0.01)"
+    )
+    parser.add_argument(
+        "--blocksize", type=_at_least(1), default=128, help="columns that compete in SparseGPT (default: 128)"
+    )
+
+
+def _add_calibration(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--dataset", type=_dataset, default="stdlib", help="calibration text: 'stdlib', a text file or a folder"
+    )
+    parser.add_argument("--nsamples", type=_at_least(1), default=128, help="calibration windows (default: 128)")
+    parser.add_argument("--seqlen", type=_at_least(1), default=256, help="tokens a window (default: 256)")
+    parser.add_argument("--seed", type=_at_least(0), default=0, help="of the calibration draw (default: 0)")
+
+
+def _add_batch_size(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--batch-size", type=_at_least(1), help="windows at a time (default: by the device)")
+
+
+def _add_machine(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default=None, help="cpu, cuda, cuda:1 … (default: a GPU if there is one)")
+    parser.add_argument(
+        "--dtype", default="auto", choices=("auto", "float32", "float16", "bfloat16"), help="of the weights"
+    )
+
+
+def _at_least(least: int, kind: type[int] | type[float] = int) -> Callable[[str], float]:
+    def number(text: str) -> float:
+        value = kind(text)
+        if not least <= value < math.inf:  # NaN fails too
+            raise argparse.ArgumentTypeError(f"expected at least {least}, received {text}")
+        return value
+
+    number.__name__ = kind.__name__  # argparse names it where a text is no number at all
+    return number
+
+
+def _dataset(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("expected 'stdlib', a text file or a folder, received an empty name")
+    return text
+
+
+def _method(text: str) -> str:
+    from sparselab.methods import METHODS
+
+    if text not in METHODS:
+        raise argparse.ArgumentTypeError(f"expected one of {', '.join(METHODS)}, received {text!r}")
+    return text
+
+
+def _sparsity(text: str) -> "Pattern":
+    from sparselab.solvers.sparsity import parse_sparsity
+
+    try:
+        return parse_sparsity(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
