@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sparselab import solvers
+    from sparselab.calibration import collect
     from sparselab.comparison import compare
     from sparselab.corpora import calibration_tokens, evaluation_tokens
     from sparselab.evaluation import Perplexity, bits_per_byte, perplexity
     from sparselab.models import load
     from sparselab.pruners import Magnitude, SparseGPT, Wanda
-    from sparselab.pruning import Report, collect, prune
+    from sparselab.pruning import Report, prune
     from sparselab.training import train
 
 __version__ = "0.1.0"
@@ -26,7 +27,7 @@ _HOME = {
     "Wanda": "pruners",
     "bits_per_byte": "evaluation",
     "calibration_tokens": "corpora",
-    "collect": "pruning",
+    "collect": "calibration",
     "compare": "comparison",
     "evaluation_tokens": "corpora",
     "load": "models",

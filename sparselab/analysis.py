@@ -13,12 +13,12 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparselab import corpora
+from sparselab.calibration import collect, collect_nested
 from sparselab.errors import SingularHessianError
 from sparselab.experiment import TextConfig
 from sparselab.methods import METHODS, Settings
 from sparselab.models.blocks import Decoder, read_weight
 from sparselab.progress import Progress
-from sparselab.pruning import collect, collect_nested
 from sparselab.solvers import InputStatistics, layer_error, parse_sparsity
 from sparselab.solvers.hessian import full_precision
 
@@ -181,7 +181,7 @@ class LayerStudy:
         seen, weight = self.statistics(question.layer, question.nsamples), self._weights[question.layer]
         pattern = parse_sparsity(question.sparsity)
         settings = Settings(question.method, pattern, question.percdamp, question.blocksize)
-        pruned = METHODS[question.method].solve(weight, seen, settings)
+        [pruned] = METHODS[question.method].solve([weight], seen, settings)
         calibration = layer_error(weight, pruned, seen.hessian) / self._energy(question.layer, question.nsamples)
         heldout = error_by_output(weight, pruned, self._held_out[question.layer].hessian)
         return Answer(weight, pruned, calibration, heldout / self._energy(question.layer, None))

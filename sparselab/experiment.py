@@ -15,12 +15,13 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparselab import __version__, corpora, files
+from sparselab.calibration import Collected, collect, collect_nested
 from sparselab.errors import SingularHessianError
 from sparselab.evaluation import Perplexity, perplexity
 from sparselab.methods import Settings
 from sparselab.models.blocks import Decoder, read_weight, write_weight
 from sparselab.progress import Progress
-from sparselab.pruning import Collected, Report, collect, collect_nested, prune
+from sparselab.pruning import Report, prune
 from sparselab.solvers import parse_sparsity, relative_error
 
 _REFERENCE_WINDOWS = 128

@@ -1,6 +1,6 @@
 """The pruning methods by name: what each needs to know of a layer's inputs, and its solver."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -44,18 +44,25 @@ class Method(NamedTuple):
     """A pruning method: its solver, and what it has to know of a layer's inputs.
 
     Args:
-        solve: (weight [d_out, d_in], statistics of its inputs, settings) to a new weight.
+        solve: (weights [d_out, d_in] of layers that see the same inputs, statistics of these, settings) to as many new
+            weights.
         needs: the least that has to be collected.
     """
 
-    solve: Callable[[Float[Tensor, "d_out d_in"], InputStatistics, Settings], Float[Tensor, "d_out d_in"]]
+    solve: Callable[[Sequence[Float[Tensor, "_ d_in"]], InputStatistics, Settings], Iterable[Float[Tensor, "_ d_in"]]]
     needs: Literal["nothing", "feature norms", "hessian"]
 
 
 METHODS: dict[str, Method] = {
-    "magnitude": Method(lambda weight, _, to: solvers.magnitude(weight, to.pattern), "nothing"),
-    "wanda": Method(lambda weight, seen, to: solvers.wanda(weight, seen.feature_norm, to.pattern), "feature norms"),
+    "magnitude": Method(
+        lambda weights, _, to: [solvers.magnitude(weight, to.pattern) for weight in weights], "nothing"
+    ),
+    "wanda": Method(
+        lambda weights, seen, to: [solvers.wanda(weight, seen.feature_norm, to.pattern) for weight in weights],
+        "feature norms",
+    ),
     "sparsegpt": Method(
-        lambda weight, seen, to: solvers.sweep(weight, seen.factor(to.percdamp), to.pattern, to.blocksize), "hessian"
+        lambda weights, seen, to: solvers.sweep_together(weights, seen.factor(to.percdamp), to.pattern, to.blocksize),
+        "hessian",
     ),
 }

@@ -1,29 +1,24 @@
 """The block walk: calibrate a block, solve its layers, store the result, send the hidden states on."""
 
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, Literal
 
 import pandas as pd
-from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from sparselab import solvers
+from sparselab.calibration import Collected, Stream, advance_streams, enter, observe
 from sparselab.errors import NonFiniteError, SparselabError
-from sparselab.memory import PeakMemory
 from sparselab.methods import METHODS, Settings
-from sparselab.models.blocks import Call, Decoder, Linear, evaluating, find_linears, read_weight, write_weight
-from sparselab.models.inputs import batches, check_tokens
-from sparselab.models.recording import collect_statistics, shared_tensors
+from sparselab.models.blocks import Decoder, Linear, evaluating, find_linears, read_weight, write_weight
+from sparselab.models.inputs import check_tokens
 from sparselab.progress import Progress, tracked
+from sparselab.resources import PeakMemory, Stopwatch
 from sparselab.solvers import InputStatistics, Pattern
 from sparselab.solvers.checks import all_finite
-
-# Statistics of layers' inputs by full layer name; layers that see one input share one object.
-Collected = dict[str, InputStatistics]
 
 
 @dataclass(frozen=True)
@@ -32,15 +27,19 @@ class Report:
 
     Args:
         layers: one row a layer: block, layer, d_out, d_in, sparsity (realised), relative_error (of the layer's outputs
-            on its calibration inputs, against the dense weight), tokens, seconds (of the solve).
+            on its calibration inputs, against the dense weight), tokens, seconds (of the solve; layers that see the
+            same inputs are solved together, and share the time by their size).
         settings: what was asked for.
         seconds: wall time of the whole walk.
+        stages: seconds of it by what they went into: forward passes, statistics, factorise, sweep (the solve, of
+            whatever method), error (measuring it).
         peak_memory: bytes taken besides the model; see `PeakMemory`.
     """
 
     layers: pd.DataFrame
     settings: Settings
     seconds: float
+    stages: dict[str, float]
     peak_memory: int
 
     @property
@@ -109,14 +108,17 @@ def prune(
         PeakMemory(decoder.device) as memory,
         tracked(progress, len(decoder.linears()), f"{method} {pattern}", "layer") as advance,
     ):
-        started = time.perf_counter()
-        streams = [] if windows is None or _collects(settings) == "nothing" else _enter(decoder, windows, batch_size)
+        started, watch = time.perf_counter(), Stopwatch(decoder.device)
+        streams = []
+        if windows is not None and _collects(settings) != "nothing":
+            with watch.stage("forward"):
+                streams = enter(decoder, windows, batch_size)
         for index in range(len(decoder.blocks)):
-            for row in _prune_block(decoder, index, streams, settings, collected or {}):
+            for row in _prune_block(decoder, index, streams, settings, collected or {}, watch):
                 rows.append(row)
                 advance(1)
-        seconds = time.perf_counter() - started
-    return Report(pd.DataFrame(rows), settings, seconds, memory.bytes)
+        stages, seconds = watch.seconds(), time.perf_counter() - started
+    return Report(pd.DataFrame(rows), settings, seconds, stages, memory.bytes)
 
 
 def check_model(model: PreTrainedModel, settings: Settings, collected: Collected | None = None) -> Decoder:
@@ -137,165 +139,70 @@ def check_model(model: PreTrainedModel, settings: Settings, collected: Collected
     return decoder
 
 
-def collect(
-    model: PreTrainedModel,
-    calib: Any,
-    batch_size: int | None = None,
-    progress: Progress = True,
-    *,
-    blocks: Collection[int] | None = None,
-) -> Collected:
-    """Statistics of the inputs of every prunable layer of the model as it is, in one pass, by full layer name.
-
-    All Hessians are held at once; layers that see the same input share one.
-
-    Args:
-        model, calib, batch_size: see `prune`.
-        progress: a bar over blocks; see `sparselab.progress`.
-        blocks: indices of the blocks to collect, to save memory; None is all.
-
-    Raises:
-        ValueError, SparselabError: see `prune`.
-    """
-    decoder = Decoder(model)
-    decoder.check_prunable()
-    windows = check_tokens(decoder, calib)
-    wanted = set(range(len(decoder.blocks)) if blocks is None else blocks)
-    if unknown := wanted - set(range(len(decoder.blocks))):
-        raise ValueError(f"blocks: expected indices from 0 to {len(decoder.blocks) - 1}, received {sorted(unknown)}")
-    collected = {}
-    with evaluating(model), tracked(progress, len(wanted), "statistics", "block") as advance:
-        streams = _enter(decoder, windows, batch_size)
-        for index in range(max(wanted, default=-1) + 1):
-            outputs: list[Tensor] = []
-            if index in wanted:
-                statistics = _observe(decoder, index, streams, True, outputs)
-                collected.update({f"{decoder.blocks_name}.{index}.{name}": seen for name, seen in statistics.items()})
-                advance(1)
-            _advance(decoder, index, streams, outputs)
-    return collected
-
-
-def collect_nested(
-    model: PreTrainedModel,
-    calib: Any,
-    sizes: Sequence[int],
-    batch_size: int | None = None,
-    progress: Progress = True,
-    *,
-    blocks: Collection[int] | None = None,
-) -> dict[int, Collected]:
-    """`collect` on the first n windows for each n of `sizes`, in one pass over the largest: sums add up.
-
-    Args:
-        model, calib, batch_size, blocks: see `collect`.
-        sizes: numbers of windows, in any order.
-        progress: a bar over blocks and sizes; see `sparselab.progress`.
-
-    Raises:
-        ValueError: a size is not positive, or there are fewer windows; see also `collect`.
-    """
-    decoder = Decoder(model)
-    windows = check_tokens(decoder, calib)
-    ordered = sorted(set(sizes))
-    if not ordered or ordered[0] < 1 or ordered[-1] > len(windows):
-        raise ValueError(f"sizes: expected numbers from 1 to the {len(windows)} windows, received {list(sizes)}")
-    nested: dict[int, Collected] = {}
-    with tracked(progress, len(ordered), "statistics", "size") as advance:
-        for start, stop in pairwise([0, *ordered]):
-            part = collect(model, windows[start:stop], batch_size, progress=False, blocks=blocks)
-            nested[stop] = _added(nested[start], part) if start else part
-            advance(1)
-    return nested
-
-
-def _added(before: Collected, part: Collected) -> Collected:
-    """Sums of two sets of windows, shared between layers as theirs are."""
-    sums: dict[int, InputStatistics] = {}
-    for name, seen in part.items():
-        if id(seen) not in sums:
-            seen.merge(before[name])
-            sums[id(seen)] = seen
-    return part
-
-
-@dataclass
-class _Stream:
-    """One batch on its way through the model: the hidden states it has come to, and how to call each block."""
-
-    hidden: Float[Tensor, "batch seq hidden"]
-    calls: list[Call]
-
-
-def _enter(decoder: Decoder, windows: Int[Tensor, "n seqlen"], batch_size: int | None) -> list[_Stream]:
-    streams: list[_Stream] = []
-    for batch in batches(windows, batch_size, decoder.device):
-        hidden, calls = decoder.embed(batch)
-        # Masks and rotary tables are the same for most batches; keep them once.
-        calls = shared_tensors(calls, streams[-1].calls) if streams else calls
-        streams.append(_Stream(hidden, calls))
-    return streams
-
-
-def _observe(
-    decoder: Decoder, index: int, streams: list[_Stream], with_hessian: bool, outputs: list[Tensor] | None
-) -> Collected:
-    """Run a block on all batches and sum up what enters its layers; what it sends on is added to `outputs` if given."""
-    name = f"{decoder.blocks_name}.{index}"
-    with collect_statistics(decoder.blocks[index], name, with_hessian) as statistics:
-        for stream in streams:
-            output = decoder.run_block(index, stream.hidden, stream.calls[index])
-            if outputs is not None:
-                outputs.append(output)
-    return statistics
-
-
-def _advance(decoder: Decoder, index: int, streams: list[_Stream], outputs: list[Tensor] | None) -> None:
-    """Move every stream on to the next block: by outputs already at hand, or by running the block as it is now."""
-    if index + 1 == len(decoder.blocks):
-        return
-    for number, stream in enumerate(streams):
-        stream.hidden = outputs[number] if outputs else decoder.run_block(index, stream.hidden, stream.calls[index])
-
-
 def _prune_block(
-    decoder: Decoder, index: int, streams: list[_Stream], settings: Settings, collected: Collected
+    decoder: Decoder, index: int, streams: list[Stream], settings: Settings, collected: Collected, watch: Stopwatch
 ) -> Iterator[dict[str, Any]]:
-    """Prune the layers of a block one by one; the hidden states have moved on when the last row has come."""
+    """Prune the layers of a block; the hidden states have moved on when the last row has come."""
     block_name = f"{decoder.blocks_name}.{index}"
+    linears = find_linears(decoder.blocks[index])
     outputs: list[Tensor] | None = [] if settings.propagate == "dense" else None
-    observed: Collected = {}
     if streams:
-        observed = _observe(decoder, index, streams, _collects(settings) == "hessian", outputs)
-    for name, linear in find_linears(decoder.blocks[index]).items():
-        seen = observed.get(name) or collected.get(f"{block_name}.{name}")
-        try:
-            yield {"block": index, "layer": name} | _prune_layer(linear, seen, settings)
-        except SparselabError as error:
-            raise type(error)(f"{block_name}.{name}: {error}") from error
-    _advance(decoder, index, streams, outputs)
+        with watch.stage("forward"):
+            observed = observe(decoder, index, streams, _collects(settings) == "hessian", outputs, watch)
+    else:
+        observed = {name: collected[full] for name in linears if (full := f"{block_name}.{name}") in collected}
+    for names in _sharing(linears, observed):
+        rows = _prune_layers([linears[name] for name in names], observed.get(names[0]), settings, watch)
+        for name in names:
+            try:
+                yield {"block": index, "layer": name} | next(rows)
+            except SparselabError as error:
+                raise type(error)(f"{block_name}.{name}: {error}") from error
+    with watch.stage("forward"):
+        advance_streams(decoder, index, streams, outputs)
 
 
-def _prune_layer(linear: Linear, seen: InputStatistics | None, settings: Settings) -> dict[str, Any]:
-    started = time.perf_counter()
-    weight = read_weight(linear)
-    seen = seen or InputStatistics(weight.shape[1], with_hessian=False)  # no tokens: magnitude asks for none
-    pruned = METHODS[settings.method].solve(weight, seen, settings)
-    error = (
-        solvers.relative_error(weight, pruned, seen.hessian)
-        if seen.tokens and _collects(settings) == "hessian"
-        else float("nan")
-    )
-    write_weight(linear, pruned)
-    d_out, d_in = weight.shape
-    return {
-        "d_out": d_out,
-        "d_in": d_in,
-        "sparsity": solvers.realised_sparsity(pruned),
-        "relative_error": error,
-        "tokens": seen.tokens,
-        "seconds": time.perf_counter() - started,
-    }
+def _sharing(linears: dict[str, Linear], observed: Collected) -> list[list[str]]:
+    """Names of layers that see the same inputs and keep their weights alike, in one list each; others alone."""
+    groups: dict[Any, list[str]] = {}
+    for name, linear in linears.items():
+        key = (id(observed[name]), linear.weight.dtype, linear.weight.device) if name in observed else name
+        groups.setdefault(key, []).append(name)
+    return list(groups.values())
+
+
+def _prune_layers(
+    linears: list[Linear], seen: InputStatistics | None, settings: Settings, watch: Stopwatch
+) -> Iterator[dict[str, Any]]:
+    """Solve layers that see the same inputs together; store one after the other."""
+    method, started = METHODS[settings.method], time.perf_counter()
+    weights = [read_weight(linear) for linear in linears]
+    seen = seen or InputStatistics(weights[0].shape[1], with_hessian=False)  # no tokens: magnitude asks for none
+    if method.needs == "hessian":
+        with watch.stage("factorise"):
+            seen.factor(settings.percdamp)
+    with watch.stage("sweep"):
+        results = iter(method.solve(weights, seen, settings))
+    seconds = time.perf_counter() - started
+    for linear, weight in zip(linears, weights, strict=True):
+        pruned = next(results)
+        d_out, d_in = weight.shape
+        with watch.stage("error"):
+            error = _relative_error(weight, pruned, seen, settings)
+        write_weight(linear, pruned)
+        yield {
+            "d_out": d_out,
+            "d_in": d_in,
+            "sparsity": solvers.realised_sparsity(pruned),
+            "relative_error": error,
+            "tokens": seen.tokens,
+            "seconds": seconds * weight.numel() / sum(other.numel() for other in weights),
+        }
+
+
+def _relative_error(weight: Tensor, pruned: Tensor, seen: InputStatistics, settings: Settings) -> float:
+    known = seen.tokens and _collects(settings) == "hessian"
+    return solvers.relative_error(weight, pruned, seen.hessian) if known else float("nan")
 
 
 def _collects(settings: Settings) -> str:

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from sparselab import cost, solvers
-from sparselab.pruning import collect
+from sparselab.calibration import collect
 from sparselab.solvers import InputStatistics
 
 CPU = torch.device("cpu")

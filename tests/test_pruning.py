@@ -8,10 +8,11 @@ from transformers import MixtralConfig, MixtralForCausalLM, Qwen2MoeConfig, Qwen
 
 import sparselab
 from sparselab import solvers
+from sparselab.calibration import collect, collect_nested
 from sparselab.errors import NonFiniteError, SingularHessianError, UnsupportedModelError
 from sparselab.methods import METHODS, Settings
 from sparselab.models.blocks import Decoder, read_weight
-from sparselab.pruning import collect, collect_nested, prune
+from sparselab.pruning import prune
 
 QUIET = {"progress": False}
 SHAPE = {

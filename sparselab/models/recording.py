@@ -10,11 +10,18 @@ from torch import Tensor, nn
 
 from sparselab.errors import SparselabError, UnsupportedModelError
 from sparselab.models.blocks import Call, Linear, find_linears, read_weight
+from sparselab.resources import Stopwatch
 from sparselab.solvers import InputStatistics
 
 
+class AllInputsSeen(Exception):  # noqa: N818 - it says that all is well
+    """Ends a forward pass of a block of which nothing but the inputs of its linear layers is wanted."""
+
+
 @contextmanager
-def collect_statistics(block: nn.Module, block_name: str, with_hessian: bool) -> Iterator[dict[str, InputStatistics]]:
+def collect_statistics(
+    block: nn.Module, block_name: str, with_hessian: bool, inputs_only: bool = False, watch: Stopwatch | None = None
+) -> Iterator[dict[str, InputStatistics]]:
     """Sum up the inputs of a block's linear layers during the forward passes made inside.
 
     Layers called with the very same tensor (q, k and v; gate and up) get the very same `InputStatistics`, which
@@ -24,6 +31,9 @@ def collect_statistics(block: nn.Module, block_name: str, with_hessian: bool) ->
         block: the block that is run.
         block_name: for messages.
         with_hessian: see `InputStatistics`.
+        inputs_only: end each pass by `AllInputsSeen` once every linear layer has seen its input, before the last of
+            them has multiplied it; not where hooks of `accelerate` move weights, which have to run to their end.
+        watch: counts the summing as stage "statistics".
 
     Yields:
         Statistics by layer name, filled while the block runs.
@@ -34,12 +44,14 @@ def collect_statistics(block: nn.Module, block_name: str, with_hessian: bool) ->
         SparselabError: a layer shares its input with others in some passes only.
     """
     linears = find_linears(block)
-    collector = _Collector(block_name, with_hessian)
+    moved = any(hasattr(module, "_hf_hook") for module in block.modules())
+    collector = _Collector(block_name, with_hessian, watch or Stopwatch(torch.device("cpu")))
+    collector.stop_after = set(linears) if inputs_only and not moved else None
     hooks = [
         linear.register_forward_pre_hook(partial(collector.see, name), with_kwargs=True)
         for name, linear in linears.items()
     ]
-    hooks.append(block.register_forward_hook(lambda *_: collector.seen.clear()))
+    hooks.append(block.register_forward_hook(lambda *_: collector.end_pass()))
     try:
         yield collector.statistics
     finally:
@@ -53,13 +65,19 @@ def collect_statistics(block: nn.Module, block_name: str, with_hessian: bool) ->
 
 
 class _Collector:
-    def __init__(self, block_name: str, with_hessian: bool) -> None:
+    def __init__(self, block_name: str, with_hessian: bool, watch: Stopwatch) -> None:
         self.statistics: dict[str, InputStatistics] = {}
+        self.stop_after: set[str] | None = None
         # The inputs of the pass under way with the first layer that saw each, and their version, which counts
         # in-place changes; held until the block is done, so that no other tensor takes their place in memory.
         self.seen: list[tuple[Tensor, int | None, str]] = []
-        self._block_name, self._with_hessian = block_name, with_hessian
+        self._called: set[str] = set()  # layers in the pass under way
+        self._block_name, self._with_hessian, self._watch = block_name, with_hessian, watch
         self._leaders: dict[str, str] = {}
+
+    def end_pass(self) -> None:
+        self.seen.clear()
+        self._called.clear()
 
     def see(self, name: str, linear: Linear, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inputs = args[0] if args else next(iter(kwargs.values()))
@@ -70,8 +88,13 @@ class _Collector:
             raise SparselabError(f"{self._block_name}.{name}: shares its input with other layers in some passes only")
         if leader == name:
             self.seen.append((inputs, version, name))
-            self._update(name, linear, inputs)
+            with self._watch.stage("statistics"):
+                self._update(name, linear, inputs)
         self.statistics[name] = self.statistics[leader]
+        self._called.add(name)
+        if self._called == self.stop_after:
+            self.end_pass()
+            raise AllInputsSeen
 
     def _update(self, name: str, linear: Linear, inputs: Tensor) -> None:
         if name not in self.statistics:

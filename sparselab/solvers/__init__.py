@@ -12,7 +12,7 @@ from sparselab.solvers.hessian import (
 )
 from sparselab.solvers.magnitude import magnitude
 from sparselab.solvers.reconstruction import reconstruct
-from sparselab.solvers.sparsegpt import Step, sparsegpt, sparsegpt_textbook, sweep, textbook_steps
+from sparselab.solvers.sparsegpt import sparsegpt, sweep, sweep_together
 from sparselab.solvers.sparsity import (
     NM,
     Pattern,
@@ -22,6 +22,7 @@ from sparselab.solvers.sparsity import (
     pattern_from_counts,
     realised_sparsity,
 )
+from sparselab.solvers.textbook import Step, sparsegpt_textbook, textbook_steps
 from sparselab.solvers.wanda import wanda
 
 __all__ = [
@@ -48,6 +49,7 @@ __all__ = [
     "sparsegpt",
     "sparsegpt_textbook",
     "sweep",
+    "sweep_together",
     "textbook_steps",
     "wanda",
 ]

@@ -18,6 +18,9 @@ from torch import Tensor
 from sparselab.errors import NonFiniteError, SingularHessianError
 from sparselab.solvers.checks import all_finite, check_hessian, check_matrix, check_percdamp, check_tensor
 
+# Columns of the Hessian that are summed, and columns of its factor that are found, in one product.
+_PANEL = 128
+
 
 @contextmanager
 def full_precision() -> Iterator[None]:
@@ -49,13 +52,19 @@ class InputStatistics:
     ) -> None:
         self.tokens = 0
         self._factors: dict[float, Factor] = {}
-        self._sum = torch.zeros((d_in, d_in) if with_hessian else (d_in,), dtype=dtype, device=device)
+        self._upper_only = False
+        with torch.inference_mode(False):  # whose tensors could not be added to outside of it
+            self._sum = torch.zeros((d_in, d_in) if with_hessian else (d_in,), dtype=dtype, device=device)
 
     @property
     def hessian(self) -> Float[Tensor, "d_in d_in"]:
         """XᵀX summed over all tokens so far."""
         if self._sum.ndim == 1:
             raise ValueError("these statistics keep only feature norms; collect them with with_hessian=True")
+        if self._upper_only:
+            for panel in self._panels():
+                self._sum[panel.stop :, panel] = self._sum[panel, panel.stop :].T
+            self._upper_only = False
         return self._sum
 
     @property
@@ -74,20 +83,31 @@ class InputStatistics:
     def update(self, inputs: Float[Tensor, "*batch d_in"]) -> None:
         """Add the tokens of one batch.
 
-        Half-precision inputs are converted first: their products are exact in float32.
+        Only the upper half of XᵀX is summed; the other is filled in when it is asked for. Products of half-precision
+        inputs are exact in float32, so a GPU multiplies them as they are and sums in float32.
 
         Raises:
             ValueError: not tokens of `d_in` floats each; a single token is [1, d_in].
-            NonFiniteError: an input is NaN or infinite; nothing is added.
+            NonFiniteError: an input is NaN or infinite, or too large; nothing is added.
         """
         self._check_inputs(inputs)
-        rows = inputs.detach().flatten(0, -2).to(self._sum.dtype)
-        added = rows.square().sum(dim=0) if self._sum.ndim == 1 else rows.T @ rows
-        # A NaN or an infinity among the inputs shows on the diagonal, which is far smaller than the inputs.
-        squares = added if added.ndim == 1 else added.diagonal()
-        if not squares.isfinite().all():
-            raise NonFiniteError("a layer's inputs are NaN or infinite, or too large for float32 sums")
-        self._add(added, len(rows))
+        rows = inputs.detach().flatten(0, -2)
+        self._check_range(rows)
+        self._factors = {}
+        self.tokens += len(rows)
+        if self._sum.ndim == 1:
+            self._sum += rows.to(self._sum.dtype).square().sum(dim=0)
+            return
+        on_tensor_cores = rows.is_cuda and rows.element_size() == 2 and self._sum.dtype == torch.float32
+        if not on_tensor_cores:
+            rows = rows.to(self._sum.dtype)
+        for panel in self._panels():
+            target, left, right = self._sum[panel, panel.start :], rows[:, panel].T, rows[:, panel.start :]
+            if on_tensor_cores:
+                target += torch.mm(left, right, out_dtype=torch.float32)
+            else:
+                target.addmm_(left, right)
+        self._upper_only = True
 
     def merge(self, other: "InputStatistics") -> None:
         """Add the sums of another part of the same calibration text.
@@ -100,7 +120,21 @@ class InputStatistics:
                 f"other: expected sums of shape {tuple(self._sum.shape)} as these are, "
                 f"received {tuple(other._sum.shape)}; are both collected with the same with_hessian?"
             )
-        self._add(other._sum, other.tokens)
+        self._sum += other._sum
+        self.tokens += other.tokens
+        self._upper_only = self._upper_only or other._upper_only
+        self._factors = {}
+
+    def _panels(self) -> list[slice]:
+        """Columns that are summed at a time, each with all columns after it."""
+        d_in, width = len(self._sum), _PANEL if self._sum.device.type == "cpu" else 8 * _PANEL
+        return [slice(start, min(start + width, d_in)) for start in range(0, d_in, width)]
+
+    def _check_range(self, rows: Float[Tensor, "tokens d_in"]) -> None:
+        low, high = torch.aminmax(rows) if rows.numel() else (0.0, 0.0)
+        largest = max(abs(float(low)), abs(float(high)))
+        if not largest**2 * len(rows) < torch.finfo(self._sum.dtype).max:  # NaN fails too
+            raise NonFiniteError("a layer's inputs are NaN or infinite, or too large for float32 sums")
 
     def _check_inputs(self, inputs: Any) -> None:
         check_tensor("inputs", inputs)
@@ -109,11 +143,6 @@ class InputStatistics:
             raise ValueError(
                 f"inputs: expected floats [..., tokens, {d_in}], received {inputs.dtype} {tuple(inputs.shape)}"
             )
-
-    def _add(self, added: Tensor, tokens: int) -> None:
-        self._sum += added
-        self.tokens += tokens
-        self._factors = {}
 
 
 @dataclass(frozen=True)
@@ -182,12 +211,23 @@ def cholesky(matrix: Float[Tensor, "d d"], percdamp: float, upper: bool = False)
     """The Cholesky factor of a damped Hessian or of its inverse, or an error with the remedy."""
     factor: Tensor
     factor, info = torch.linalg.cholesky_ex(matrix, upper=upper)
+    _check_definite(info, len(matrix), percdamp)
+    return factor
+
+
+def _check_definite(info: Tensor, d_in: int, percdamp: float) -> None:
     if info.any():
         raise SingularHessianError(
-            f"the Hessian of {len(matrix)} inputs is not positive definite with percdamp {float(percdamp):g}; "
+            f"the Hessian of {d_in} inputs is not positive definite with percdamp {float(percdamp):g}; "
             "raise percdamp (0.01 to 0.1 is usual) or calibrate on more tokens"
         )
-    return factor
+
+
+def invert_upper(triangle: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
+    """The inverse of a small upper triangle."""
+    unit = torch.eye(len(triangle), dtype=triangle.dtype, device=triangle.device)
+    inverse: Tensor = torch.linalg.solve_triangular(triangle, unit, upper=True)
+    return inverse
 
 
 @torch.no_grad()
@@ -195,7 +235,9 @@ def cholesky(matrix: Float[Tensor, "d d"], percdamp: float, upper: bool = False)
 def factorise(hessian: Float[Tensor, "d d"], percdamp: float) -> Factor:
     """Damp the Hessian and factor it once, for any number of layers that see these inputs.
 
-    V = flip(chol(flip(H + λI))), where flip reverses the order of the inputs.
+    V is found from its last columns to its first, a panel at a time: with the columns after panel j known,
+    V_{≤j,j} V_jjᵀ = (H + λI)_{≤j,j} − V_{≤j,>j} V_{j,>j}ᵀ. Nearly all the work is the product on the right, which runs
+    at full speed where a library's Cholesky does not, and nothing has to be turned about.
 
     Args:
         hessian: XᵀX summed over calibration tokens.
@@ -205,8 +247,17 @@ def factorise(hessian: Float[Tensor, "d d"], percdamp: float) -> Factor:
         ValueError, NonFiniteError: see `damped`.
         SingularHessianError: not positive definite even so; a larger percdamp or more tokens are the remedy.
     """
-    lower = cholesky(damped(hessian, percdamp).flip(0, 1), percdamp)
-    return Factor(lower.flip(0, 1), dead_columns(hessian))
+    V = damped(hessian, percdamp).triu_()
+    for stop in range(len(V), 0, -_PANEL):
+        start = max(stop - _PANEL, 0)
+        panel = V[:stop, start:stop]
+        panel.addmm_(V[:stop, stop:], V[start:stop, stop:].T, alpha=-1)
+        lower, info = torch.linalg.cholesky_ex(panel[start:].flip(0, 1))  # reads what was the upper half
+        _check_definite(info, len(V), percdamp)
+        corner = lower.flip(0, 1)
+        panel[start:] = corner
+        panel[:start] = panel[:start] @ invert_upper(corner).T
+    return Factor(V, dead_columns(hessian))
 
 
 @torch.no_grad()

@@ -1,23 +1,24 @@
 """SparseGPT: walk the columns, prune by second-order score, let later columns make good what earlier ones lost.
 
-`sparsegpt` is the production path: one Cholesky factor and no inverse. `sparsegpt_textbook` is the same algorithm as
-the paper writes it, column by column, to be read and to be tested against; `textbook_steps` shows it at work.
+This is the production path: one Cholesky factor, no inverse of the Hessian, one matrix product a block of columns. The
+same algorithm as the paper writes it, column by column, stands in `textbook.py`.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
-from sparselab.solvers.checks import check_blocksize, check_hessian, check_keep, check_matrix, check_weight, fitted
-from sparselab.solvers.hessian import Factor, cholesky, damped, dead_columns, factorise, full_precision, working_dtype
-from sparselab.solvers.sparsity import NM, Pattern, parse_sparsity, survivors
+from sparselab.solvers.checks import check_hessian, check_matrix, check_weight, fitted
+from sparselab.solvers.hessian import Factor, factorise, full_precision, invert_upper, working_dtype
+from sparselab.solvers.sparsity import NM, Pattern, Unstructured, check_sweep, lowest, parse_sparsity
 
 # Columns whose mutual influence is applied one by one; between such groups it is one matrix product.
-_COLUMNS_AT_ONCE = 32
+_COLUMNS_AT_ONCE = 16
+# Columns that what all columns before them owe reaches in one matrix product, which is slower on fewer.
+_COLUMNS_A_PANEL = 512
 
 
 def sparsegpt(
@@ -56,8 +57,6 @@ def sparsegpt(
     return sweep(weight, factor, pattern, blocksize, keep)
 
 
-@torch.no_grad()
-@full_precision()
 def sweep(
     weight: Float[Tensor, "d_out d_in"],
     factor: Factor,
@@ -65,11 +64,11 @@ def sweep(
     blocksize: int = 128,
     keep: Bool[Tensor, "d_out d_in"] | None = None,
 ) -> Float[Tensor, "d_out d_in"]:
-    """The column sweep of SparseGPT on a factored Hessian; layers that share inputs share the factor.
+    """The column sweep of SparseGPT on a factored Hessian.
 
-    With Δ = W − Ŵ on the columns done and H + λI = V Vᵀ, the compensated value of the next column is
-    w_q + (Δ_{<q} V_{<q,q}) / V_qq, and that of a whole block j is W_j + (Δ_{<j} V_{<j,j}) V_jj⁻¹. So no column is
-    updated before its turn: what the columns before it owe arrives as one matrix product for each block.
+    With Δ = W − Ŵ on the columns done and H + λI = V Vᵀ, the compensated weights of the next block j of columns are
+    W_j + Δ_{<j} V_{<j,j} V_jj⁻¹: no column is touched before its block's turn, and what all columns before it owe
+    arrives as one matrix product. Inside the block, U_jj = V_jj⁻¹ serves as in the paper.
 
     Args:
         weight, sparsity, blocksize, keep: see `sparsegpt`.
@@ -78,187 +77,116 @@ def sweep(
     Raises:
         ValueError, TypeError, NonFiniteError: see `sparsegpt`.
     """
+    return next(sweep_together([weight], factor, sparsity, blocksize, None if keep is None else [keep]))
+
+
+@torch.no_grad()
+@full_precision()
+def sweep_together(
+    weights: Sequence[Float[Tensor, "_ d_in"]],
+    factor: Factor,
+    sparsity: float | str | Pattern,
+    blocksize: int = 128,
+    keep: Sequence[Bool[Tensor, "_ d_in"]] | None = None,
+) -> Iterator[Float[Tensor, "_ d_in"]]:
+    """`sweep` for layers that see the same inputs (q, k and v; gate and up), all of one dtype, in one go.
+
+    Each layer's weights compete among themselves only; the answers are those of `sweep` for each layer, but for
+    rounding.
+
+    Args:
+        weights: of any number of outputs each.
+        factor, sparsity, blocksize: see `sweep`.
+        keep: a mask for each weight, or None.
+
+    Returns:
+        The new weights in order. Whether one fits its dtype is checked when it is taken.
+
+    Raises:
+        ValueError, TypeError, NonFiniteError: see `sparsegpt`.
+    """
     pattern = parse_sparsity(sparsity)
-    check_weight(weight)
-    _check_factor(factor, weight)
-    _check_sweep(weight, pattern, blocksize, keep)
-    factor = factor.to(working_dtype(weight, factor.V))
-    V, d_in = factor.V, weight.shape[1]
-    # Transposed, so that a column of W is contiguous.
-    W = weight.T.to(V.dtype).contiguous()
-    mask = torch.empty_like(W, dtype=torch.bool) if keep is None else keep.T.contiguous()
-    delta = torch.empty_like(W)
-    for start in range(0, d_in, blocksize):
-        stop = min(start + blocksize, d_in)
-        owed = V[:start, start:stop].T @ delta[:start]
-        if keep is None and not isinstance(pattern, NM):
-            scores = _scores(W, factor, owed, start, stop)
-            mask[start:stop] = survivors(scores.flatten(), pattern).view_as(scores)
-        _sweep_block(W, delta, mask, owed, factor, start, pattern if keep is None else None)
-    return fitted(W - delta, weight.dtype).T.contiguous()
+    for number, weight in enumerate(weights):
+        check_weight(weight)
+        _check_factor(factor, weight)
+        check_sweep(weight, pattern, blocksize, None if keep is None else keep[number])
+    stacked = weights[0] if len(weights) == 1 else torch.cat(list(weights))
+    masks = None if keep is None else torch.cat(list(keep))
+    rows = [len(weight) for weight in weights]
+    V = factor.V.to(working_dtype(stacked, factor.V))
+    importance = torch.where(factor.dead, 0, V.diagonal())
+    delta = torch.empty(stacked.shape, dtype=V.dtype, device=V.device)  # Δ = W − Ŵ of the columns done
+    width = max(blocksize, _COLUMNS_A_PANEL // blocksize * blocksize)
+    for first in range(0, len(V), width):
+        panel = slice(first, min(first + width, len(V)))
+        blocks = [slice(start, min(start + blocksize, panel.stop)) for start in range(first, panel.stop, blocksize)]
+        inverses = [invert_upper(V[block, block]) for block in blocks]
+        arriving = torch.cat([V[:first, block] @ U for block, U in zip(blocks, inverses, strict=True)], dim=1)
+        dense = _transposed(stacked[:, panel].contiguous()).to(V.dtype)  # columns of W, each contiguous from here on
+        compensated = torch.addmm(dense, arriving.T, delta[:, :first].T)
+        for block, U in zip(blocks, inverses, strict=True):
+            here = slice(block.start - first, block.stop - first)
+            W = compensated[here]
+            W.addmm_((V[first : block.start, block] @ U).T, delta[:, first : block.start].T)
+            remove = None
+            if masks is not None:
+                remove = ~masks[:, block].T
+            elif isinstance(pattern, Unstructured):
+                # |w|/U_qq: the root of the paper's score (equation 3), whose square a float may be too small for.
+                remove = _lowest_of_each(W.abs().mul_(importance[block, None]), rows, pattern.fraction)
+            _sweep_block(W, U, importance[block], remove, pattern)
+            # Δ is taken after rounding to the layer's dtype, so that later columns make good for the rounding too.
+            delta[:, block] = _transposed(dense[here] - W.to(stacked.dtype))
+    return (fitted(part, stacked.dtype) for part in torch.sub(stacked, delta, out=delta).split(rows))
+
+
+def _transposed(matrix: Shaped[Tensor, "a b"]) -> Shaped[Tensor, "b a"]:
+    """A transposed copy; of a contiguous matrix, which takes a fraction of the time of any other."""
+    return matrix.T.contiguous()
+
+
+def _lowest_of_each(
+    scores: Float[Tensor, "width rows"], rows: Sequence[int], fraction: float
+) -> Bool[Tensor, "width rows"]:
+    """The weights to prune in a block, chosen in each layer by itself; input by input where scores are equal."""
+    parts = [
+        lowest(part.flatten(), round(fraction * part.numel())).view_as(part) for part in scores.split(list(rows), dim=1)
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
 def _sweep_block(
-    W: Float[Tensor, "d_in d_out"],
-    delta: Float[Tensor, "d_in d_out"],
-    mask: Bool[Tensor, "d_in d_out"],
-    owed: Float[Tensor, "width d_out"],
-    factor: Factor,
-    start: int,
-    choose: Pattern | None,
-) -> None:
-    """Fill `delta` (and for N:M `mask`) for the columns of one block; `owed` is Δ_{<start} V_{<start,block}."""
-    V, stop = factor.V, start + len(owed)
-    group = choose.group if isinstance(choose, NM) else 1
-    step = max(group, _COLUMNS_AT_ONCE // group * group)
-    for first in range(start, stop, step):
-        last = min(first + step, stop)
-        here = owed[first - start : last - start] + V[start:first, first:last].T @ delta[start:first]
-        for q in range(first, last):
-            if isinstance(choose, NM) and q % group == 0:
-                scores = _scores(W, factor, here[q - first : q - first + group], q, q + group)
-                mask[q : q + group] = survivors(scores.T, choose).T
-            correction = here[q - first] / V[q, q]
-            torch.where(mask[q], -correction, W[q], out=delta[q])
-            here[q - first + 1 :].addr_(V[q, q + 1 : last], delta[q])
-
-
-def _scores(
-    W: Float[Tensor, "d_in d_out"], factor: Factor, owed: Float[Tensor, "width d_out"], start: int, stop: int
-) -> Float[Tensor, "width d_out"]:
-    """|w/U_qq| = |w·V_qq| of the compensated columns start:stop, before any of them is pruned.
-
-    They stand in the order of their squares, the losses of the paper, which a float may be too small or too large for.
-
-    Source: Frantar & Alistarh 2023, equation 3, with the Hessian of the columns not yet done.
-    """
-    triangle = factor.V[start:stop, start:stop]
-    compensated = W[start:stop] + torch.linalg.solve_triangular(triangle.T, owed, upper=False)
-    scores: Tensor = (compensated * triangle.diagonal()[:, None]).abs()
-    scores[factor.dead[start:stop]] = 0
-    return scores
-
-
-@dataclass(frozen=True)
-class Step:
-    """The textbook sweep as it stands once one more column is done.
-
-    Args:
-        column: q, the column this step dealt with.
-        start: first column of the group that q belongs to, whose weights competed before any of them was pruned.
-        weight: all columns as this step leaves them.
-        keep: True where a weight survives; columns after the group are undecided and count as kept.
-        scores: w²/U_qq² of the group's columns, at the time they competed.
-        errors: (w − ŵ)/U_qq of column q when its turn came, one a row.
-        compensation: what this step added to the columns after q; zero up to and including q.
-    """
-
-    column: int
-    start: int
-    weight: Float[Tensor, "d_out d_in"]
-    keep: Bool[Tensor, "d_out d_in"]
-    scores: Float[Tensor, "d_out group"]
-    errors: Float[Tensor, " d_out"]
-    compensation: Float[Tensor, "d_out d_in"]
-
-
-def sparsegpt_textbook(
-    weight: Float[Tensor, "d_out d_in"],
-    hessian: Float[Tensor, "d_in d_in"],
-    sparsity: float | str | Pattern,
-    percdamp: float = 0.01,
-    blocksize: int = 128,
-    keep: Bool[Tensor, "d_out d_in"] | None = None,
-) -> tuple[Float[Tensor, "d_out d_in"], Float[Tensor, "d_out d_in"]]:
-    """SparseGPT as the paper writes it: U = chol((H + λI)⁻¹), each column's error pushed onto the columns after it.
-
-    Slow and plain: for reading, teaching and testing. Arguments and errors are those of `sparsegpt`; the sweep itself
-    is `textbook_steps`.
-
-    Returns:
-        The pruned weight, and the errors (w − ŵ)/U_qq of every weight when its turn came, whose squares sum to
-        tr((W−Ŵ)(H+λI)(W−Ŵ)ᵀ).
-    Source: Frantar & Alistarh 2023, algorithm 1.
-    """
-    check_matrix("weight", weight)
-    check_hessian(hessian, weight)
-    W = weight
-    errors = torch.zeros_like(weight, dtype=working_dtype(weight, hessian))
-    for step in textbook_steps(weight, hessian, sparsity, percdamp, blocksize, keep):
-        W = step.weight
-        errors[:, step.column] = step.errors
-    return fitted(W, weight.dtype), errors
-
-
-def textbook_steps(
-    weight: Float[Tensor, "d_out d_in"],
-    hessian: Float[Tensor, "d_in d_in"],
-    sparsity: float | str | Pattern,
-    percdamp: float = 0.01,
-    blocksize: int = 128,
-    keep: Bool[Tensor, "d_out d_in"] | None = None,
-) -> Iterator[Step]:
-    """The sweep of `sparsegpt_textbook`, one column at a time: err_q = (w_q − ŵ_q)/U_qq, then W_{>q} −= err_q U_{q,>q}.
-
-    Args:
-        weight, hessian, sparsity, percdamp, blocksize, keep: see `sparsegpt`; checked before the first step.
-
-    Returns:
-        One `Step` for each column, from the first to the last; no later step changes an earlier one.
-
-    Raises:
-        ValueError, TypeError, NonFiniteError, SingularHessianError: see `sparsegpt`.
-    Source: Frantar & Alistarh 2023, algorithm 1.
-    """
-    pattern = parse_sparsity(sparsity)
-    check_weight(weight)
-    check_hessian(hessian, weight)
-    _check_sweep(weight, pattern, blocksize, keep)
-    H = damped(hessian.detach().to(working_dtype(weight, hessian)), percdamp)
-    U = cholesky(torch.cholesky_inverse(cholesky(H, percdamp)), percdamp, upper=True)
-    importance = torch.where(dead_columns(hessian), 0, 1 / U.diagonal())
-    group = pattern.group if isinstance(pattern, NM) else blocksize
-    return _steps(weight.detach().to(H.dtype), U, importance, pattern, group, keep)
-
-
-def _steps(
-    W: Float[Tensor, "d_out d_in"],
-    U: Float[Tensor, "d_in d_in"],
-    importance: Float[Tensor, " d_in"],
+    W: Float[Tensor, "width rows"],
+    U: Float[Tensor, "width width"],
+    importance: Float[Tensor, " width"],
+    remove: Bool[Tensor, "width rows"] | None,
     pattern: Pattern,
-    group: int,
-    keep: Bool[Tensor, "d_out d_in"] | None,
-) -> Iterator[Step]:
-    mask = torch.ones_like(W, dtype=torch.bool) if keep is None else keep
-    for q in range(W.shape[1]):
-        if q % group == 0:
-            start, scores = q, (W[:, q : q + group] * importance[q : q + group]).abs()
-            if keep is None:
-                mask = mask.clone()
-                mask[:, q : q + group] = _decide(scores, pattern)
-        errors = torch.where(mask[:, q], 0, W[:, q]) / U[q, q]
-        compensation = torch.zeros_like(W)
-        compensation[:, q + 1 :] = -torch.outer(errors, U[q, q + 1 :])
-        W = W + compensation
-        W[:, q].masked_fill_(~mask[:, q], 0)
-        yield Step(q, start, W, mask, scores.square(), errors, compensation)
-
-
-def _decide(scores: Float[Tensor, "d_out group"], pattern: Pattern) -> Bool[Tensor, "d_out group"]:
-    """N:M competes within each row; unstructured over all rows, input by input where scores are equal."""
-    if isinstance(pattern, NM):
-        return survivors(scores, pattern)
-    return survivors(scores.T.flatten(), pattern).view(scores.T.shape).T
-
-
-def _check_sweep(
-    weight: Float[Tensor, "d_out d_in"], pattern: Pattern, blocksize: int, keep: Bool[Tensor, "..."] | None
 ) -> None:
-    check_blocksize(blocksize)
-    if keep is None:
-        pattern.check(weight.shape[1], blocksize)
-    else:
-        check_keep(weight, keep)
+    """From one block's compensated weights to its pruned ones, in place; without `remove`, N:M groups choose in turn.
+
+    A removed w_q puts −w_q U_{q,>q} / U_qq on the columns after it (equation 3 of the paper, by the factor's rows).
+    """
+    push = (U / -U.diagonal()[:, None]).triu_(1).T.contiguous()
+    removed = torch.zeros_like(W)
+    flags = torch.empty_like(W) if remove is None else remove.to(W.dtype)
+    columns = list(zip(W, flags, removed, strict=True))
+    choose = pattern if remove is None and isinstance(pattern, NM) else None
+    step = max(choose.group, _COLUMNS_AT_ONCE // choose.group * choose.group) if choose else _COLUMNS_AT_ONCE
+    for first in range(0, len(W), step):
+        last = min(first + step, len(W))
+        W[first:last].addmm_(push[first:last, :first], removed[:first])
+        group = choose.group if choose else last - first
+        for start in range(first, last, group):
+            few = slice(start, start + group)
+            if choose:
+                W[few].addmm_(push[few, first:start], removed[first:start])
+                scores = W[few].abs().mul_(importance[few, None])
+                flags[few] = lowest(scores.T, group - choose.kept).T
+            before = removed[few].T  # of the columns still to come it holds zeros
+            for (w, flag, out), pushed in zip(columns[few], push[few, few], strict=True):
+                w.addmv_(before, pushed)
+                torch.mul(w, flag, out=out)
+    W.sub_(removed)
 
 
 def _check_factor(factor: Any, weight: Float[Tensor, "d_out d_in"]) -> None:

@@ -3,13 +3,19 @@
 import math
 import re
 from dataclasses import dataclass
+from functools import reduce
+from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sparselab.errors import NonFiniteError
-from sparselab.solvers.checks import as_number, check_tensor, check_whole
+from sparselab.solvers.checks import as_number, check_blocksize, check_keep, check_tensor, check_whole
+
+# Groups of so few entries are ranked entry by entry, over all groups at once; a single large one by a sample.
+_FEW, _SAMPLE = 16, 2**13
 
 
 @dataclass(frozen=True)
@@ -141,8 +147,32 @@ def survivors(scores: Float[Tensor, "*groups size"], pattern: Pattern) -> Bool[T
     if isinstance(pattern, NM):
         pattern.check(scores.shape[-1], pattern.group)
         groups = scores.unflatten(-1, (-1, pattern.group))
-        return ~_lowest(groups, pattern.group - pattern.kept).flatten(-2)
-    return ~_lowest(scores, round(pattern.fraction * scores.shape[-1]))
+        return ~lowest(groups, pattern.group - pattern.kept).flatten(-2)
+    return ~lowest(scores, round(pattern.fraction * scores.shape[-1]))
+
+
+def lowest(scores: Float[Tensor, "*groups size"], count: int) -> Bool[Tensor, "*groups size"]:
+    """True at exactly `count` entries of each row: the lowest, and of equal ones the earliest."""
+    if count in (0, scores.shape[-1]):
+        return torch.full_like(scores, bool(count), dtype=torch.bool)
+    threshold = _kth_lowest(scores, count)
+    chosen = scores <= threshold
+    if int(chosen.count_nonzero()) * scores.shape[-1] == scores.numel() * count:
+        return chosen
+    below, tied = scores < threshold, scores == threshold
+    places_left = count - below.sum(dim=-1, keepdim=True)
+    return below | (tied & (tied.cumsum(dim=-1) <= places_left))
+
+
+def check_sweep(
+    weight: Float[Tensor, "d_out d_in"], pattern: Pattern, blocksize: int, keep: Bool[Tensor, "..."] | None
+) -> None:
+    """The pattern fits the layer and its blocks, or the mask given in its place does; or an error."""
+    check_blocksize(blocksize)
+    if keep is None:
+        pattern.check(weight.shape[1], blocksize)
+    else:
+        check_keep(weight, keep)
 
 
 def realised_sparsity(weight: Float[Tensor, "..."]) -> float:
@@ -150,11 +180,40 @@ def realised_sparsity(weight: Float[Tensor, "..."]) -> float:
     return 1 - int(weight.count_nonzero()) / weight.numel() if weight.numel() else math.nan
 
 
-def _lowest(scores: Float[Tensor, "*groups size"], count: int) -> Bool[Tensor, "*groups size"]:
-    """True at exactly `count` entries of each row: the lowest, and of equal ones the earliest."""
-    if count == 0:
-        return torch.zeros_like(scores, dtype=torch.bool)
-    threshold = scores.kthvalue(count, dim=-1, keepdim=True).values
-    below, tied = scores < threshold, scores == threshold
-    places_left = count - below.sum(dim=-1, keepdim=True)
-    return below | (tied & (tied.cumsum(dim=-1) <= places_left))
+def _kth_lowest(scores: Float[Tensor, "*groups size"], k: int) -> Float[Tensor, "*groups 1"]:
+    """The k-th lowest entry of each row, k from 1: an exact value, found in the way that is quickest for the shape."""
+    if scores.shape[-1] <= _FEW:
+        return _kth_of_few(list(scores.unbind(-1)), k).unsqueeze(-1)
+    if scores.device.type != "cpu":
+        single = scores.numel() == scores.shape[-1]  # kthvalue gives a row to a single processor of a GPU
+        return scores.sort().values[..., k - 1 : k] if single else scores.kthvalue(k, dim=-1, keepdim=True).values
+    rows = scores.detach().to(torch.promote_types(scores.dtype, torch.float32)).numpy()
+    kth = _kth_of_many(rows.reshape(-1), k) if scores.numel() == scores.shape[-1] else None
+    found = np.partition(rows, k - 1)[..., k - 1 : k] if kth is None else np.full((*rows.shape[:-1], 1), kth)
+    return torch.from_numpy(found).to(scores.dtype)
+
+
+def _kth_of_few(entries: list[Float[Tensor, "*groups"]], k: int) -> Float[Tensor, "*groups"]:
+    """By whole tensors of first, second, … entries, which for groups of four is far quicker than a sort of each."""
+    for _ in range(k - 1):  # take the lowest away
+        least, rest = entries[0], []
+        for entry in entries[1:]:
+            rest.append(torch.maximum(least, entry))
+            least = torch.minimum(least, entry)
+        entries = rest
+    return reduce(torch.minimum, entries)
+
+
+def _kth_of_many(scores: Float[np.ndarray, " size"], k: int) -> np.floating[Any] | None:
+    """A sorted sample says between which two values the k-th lowest must lie; only what lies there is looked at.
+
+    None where the scores are few, or the sample misleads, as it may when they follow a pattern.
+    """
+    if len(scores) < 4 * _SAMPLE:
+        return None
+    sample = np.sort(scores[:: len(scores) // _SAMPLE])
+    centre, slack = k * len(sample) // len(scores), 4 * math.isqrt(len(sample))
+    low, high = sample[max(centre - slack, 0)], sample[min(centre + slack, len(sample) - 1)]
+    within = scores[(scores >= low) & (scores <= high)]
+    rank = k - np.count_nonzero(scores < low)
+    return np.partition(within, rank - 1)[rank - 1] if 0 < rank <= len(within) else None

@@ -1,6 +1,6 @@
 import torch
 
-from sparselab.memory import PeakMemory
+from sparselab.resources import PeakMemory
 
 CPU = torch.device("cpu")
 

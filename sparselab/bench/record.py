@@ -1,0 +1,88 @@
+"""What `sparselab bench` has measured, as a table to read and a file to keep."""
+
+import json
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from sparselab.bench.layers import mean_ratio
+
+
+@dataclass(frozen=True)
+class Record:
+    """One run of the benchmark.
+
+    Args:
+        command: what made it.
+        machine: see `timing.machine`.
+        layers: see `bench_layers`, or None.
+        model: see `bench_model`, or None.
+        about: the model's name and the size of its calibration text.
+    """
+
+    command: str
+    machine: dict[str, Any]
+    layers: pd.DataFrame | None = None
+    model: pd.DataFrame | None = None
+    about: str = ""
+
+    def __str__(self) -> str:
+        parts = [", ".join(f"{name} {value}" for name, value in self.machine.items())]
+        if self.layers is not None:
+            parts += [_layer_table(self.layers).to_string(index=False)]
+            parts += [
+                f"geometric mean of the ratios {mean_ratio(self.layers):.1f}, lowest {self.layers.ratio.min():.1f}"
+            ]
+        if self.model is not None:
+            parts += [self.about, _model_table(self.model).to_string(index=False)]
+        return "\n\n".join(parts)
+
+    def save(self, path: str | Path) -> None:
+        """Write everything as JSON, seconds and bytes unrounded, with today's date."""
+        content = {
+            "command": self.command,
+            "date": date.today().isoformat(),
+            "machine": self.machine,
+            "about": self.about,
+            **{
+                name: rows.to_dict("records")
+                for name, rows in (("layers", self.layers), ("model", self.model))
+                if rows is not None
+            },
+        }
+        Path(path).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def _layer_table(rows: pd.DataFrame) -> pd.DataFrame:
+    return pd.DataFrame(
+        {
+            "layer": [f"{d_out}×{d_in}" for d_out, d_in in zip(rows.d_out, rows.d_in, strict=True)],
+            "sparsity": rows.sparsity,
+            "column loop s": rows.loop_seconds.map("{:.3f}".format),
+            "sparselab s": rows.seconds.map("{:.3f}".format),
+            "lowest–highest": _spread(rows),
+            "ratio": rows.ratio.map("{:.1f}".format),
+            "share of floor": rows.share.map("{:.0%}".format),
+            "peak MB": (rows.peak_memory / 1e6).map("{:.0f}".format),
+            "error/loop's": rows.error.map("{:.4f}".format),
+        }
+    )
+
+
+def _model_table(rows: pd.DataFrame) -> pd.DataFrame:
+    return pd.DataFrame(
+        {
+            "run": rows.run,
+            "s": rows.seconds.map("{:.2f}".format),
+            "lowest–highest": _spread(rows),
+            "over two forwards": rows.over_forwards.map("{:.2f}".format),
+            "peak MB": (rows.peak_memory / 1e6).map("{:.0f}".format),
+        }
+    )
+
+
+def _spread(rows: pd.DataFrame) -> pd.Series:
+    return rows.lowest.map("{:.3f}–".format) + rows.highest.map("{:.3f}".format)
