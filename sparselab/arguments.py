@@ -3,6 +3,7 @@
 import argparse
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparselab import __version__
@@ -17,7 +18,7 @@ def build_parser(runs: Runs) -> argparse.ArgumentParser:
     """The parser of the command line; its result has the command's function as `run`.
 
     Args:
-        runs: a function for each of the commands compare, prune, eval and train.
+        runs: a function for each of the commands compare, prune, eval, bench and train.
     """
     parser = argparse.ArgumentParser(
         prog="sparselab", description="One-shot pruning of language models: magnitude, Wanda and SparseGPT, measured."
@@ -27,6 +28,7 @@ def build_parser(runs: Runs) -> argparse.ArgumentParser:
     _add_compare(commands, runs)
     _add_prune(commands, runs)
     _add_eval(commands, runs)
+    _add_bench(commands, runs)
     _add_train(commands, runs)
     return parser
 
@@ -88,6 +90,25 @@ def _add_eval(commands: Any, runs: Runs) -> None:
     parser.add_argument("--nsamples", type=_at_least(1), default=None, help="windows (default: all there are)")
     parser.add_argument("--seqlen", type=_at_least(2), default=256, help="tokens a window (default: 256)")
     _add_batch_size(parser)
+    _add_machine(parser)
+
+
+def _add_bench(commands: Any, runs: Runs) -> None:
+    parser = _command(
+        commands, "bench", runs, "time solvers and whole runs beside the published column loop",
+        "sparselab bench --shapes 2048x2048 --patterns 50% --json record.json",
+    )  # fmt: skip
+    parser.add_argument("model", nargs="?", default="tiny", help="'tiny', a model folder or a hub id (default: tiny)")
+    parser.add_argument("--only", choices=("layers", "model"), help="one of the two parts (default: both)")
+    parser.add_argument(
+        "--shapes", nargs="+", type=_shape, metavar="D_OUTxD_IN", help="of layers (default: six from 768x768 on)"
+    )
+    parser.add_argument(
+        "--patterns", nargs="+", type=_sparsity, default=["50%", "2:4"], metavar="S", help="(default: 50%% 2:4)"
+    )
+    parser.add_argument("--repeats", type=_at_least(1), default=5, help="rounds that count (default: 5)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="keep the record, unrounded")
+    _add_calibration(parser)
     _add_machine(parser)
 
 
@@ -166,6 +187,13 @@ def _dataset(text: str) -> str:
     if not text:
         raise argparse.ArgumentTypeError("expected 'stdlib', a text file or a folder, received an empty name")
     return text
+
+
+def _shape(text: str) -> tuple[int, int]:
+    d_out, _, d_in = text.partition("x")
+    if not (d_out.isdecimal() and d_in.isdecimal() and int(d_out) and int(d_in)):
+        raise argparse.ArgumentTypeError(f"expected D_OUTxD_IN, as in 4096x4096, received {text!r}")
+    return int(d_out), int(d_in)
 
 
 def _method(text: str) -> str:

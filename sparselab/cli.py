@@ -2,13 +2,15 @@
 
 import argparse
 import os
+import shlex
 import sys
+import time
 from collections.abc import Sequence
 from io import TextIOWrapper
 from pathlib import Path
 from typing import TextIO
 
-from sparselab.arguments import build_parser
+from sparselab.arguments import Runs, build_parser
 from sparselab.errors import SparselabError
 
 
@@ -24,9 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _tolerate_any_encoding()
     options = argparse.Namespace(debug=False, command="")
     try:
-        options = build_parser({"compare": _compare, "prune": _prune, "eval": _eval, "train": _train}).parse_args(
-            arguments
-        )
+        runs: Runs = {"compare": _compare, "prune": _prune, "eval": _eval, "bench": _bench, "train": _train}
+        options = build_parser(runs).parse_args(arguments)
         options.run(options)
     except (KeyboardInterrupt, Exception) as error:  # whatever the libraries below raise, a user gets one line of it
         if options.debug and not isinstance(error, KeyboardInterrupt):
@@ -113,15 +114,18 @@ def _prune(options: argparse.Namespace) -> None:
             propagate=options.propagate,
             batch_size=options.batch_size,
         )
+        started = time.perf_counter()
         with quiet():
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
+        stages = report.stages | {"write": time.perf_counter() - started}
         report.layers.to_csv(folder / "report.csv", index=False)
         given = {name: value for name, value in vars(options).items() if name not in ("run", "command", "debug")}
         files.write_stamp(folder, "prune", given)
     _say(
         f"{options.model} pruned by {options.method}: {report.sparsity:.2%} zeros in {len(report.layers)} layers, "
-        f"mean relative layer error {report.relative_error:.4f}, {report.seconds:.1f} s, "
+        f"mean relative layer error {report.relative_error:.4f}, {report.seconds:.1f} s "
+        f"({', '.join(f'{stage} {seconds:.1f}' for stage, seconds in stages.items())}), "
         f"{report.peak_memory / 1e6:.0f} MB of memory besides the model; written to {options.out}"
     )
 
@@ -138,6 +142,31 @@ def _eval(options: argparse.Namespace) -> None:
         f"{options.model}: perplexity {result}, {bits_per_byte(result, tokens, tokenizer):.3f} bits per byte "
         f"({len(tokens)} windows of {options.seqlen} tokens of {corpora.describe(options.dataset)})"
     )
+
+
+def _bench(options: argparse.Namespace) -> None:
+    import torch
+
+    from sparselab import bench, corpora
+    from sparselab.models import load
+
+    if options.json and not options.json.parent.is_dir():
+        raise ValueError(f"--json: expected a file in an existing folder, received {options.json}")
+    layers = model = None
+    about = ""
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if options.only != "model":
+        patterns = [str(pattern) for pattern in options.patterns]
+        layers = bench.bench_layers(options.shapes or bench.SHAPES, patterns, options.repeats, device)
+    if options.only != "layers":
+        loaded, tokenizer = load(options.model, str(device), options.dtype)
+        windows = corpora.calibration_tokens(tokenizer, options.dataset, options.nsamples, options.seqlen, options.seed)
+        model = bench.bench_model(loaded, windows, repeats=options.repeats)
+        about = f"{options.model}, {options.nsamples} × {options.seqlen} tokens, SparseGPT, Wanda and magnitude at 50%"
+    record = bench.Record(shlex.join(["sparselab", *sys.argv[1:]]), bench.machine(device), layers, model, about)
+    if options.json:
+        record.save(options.json)
+    _say(str(record))
 
 
 def _train(options: argparse.Namespace) -> None:
