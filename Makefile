@@ -5,9 +5,6 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 DEMO_OUT ?= demo
 
-# Threads that sleep while they wait: on a busy machine spinning ones make everything several times slower.
-export OMP_WAIT_POLICY ?= PASSIVE
-
 .DEFAULT_GOAL := help
 .PHONY: help demo test lab lint types check notebooks bench clean
 
@@ -49,6 +46,7 @@ notebooks: $(VENV)/test ## run the notebooks and store their outputs
 	$(BIN)/jupyter nbconvert --to notebook --execute --inplace notebooks/0*.ipynb
 
 bench: $(VENV)/base ## measure anew what benchmarks/ records
+	$(BIN)/sparselab bench --json benchmarks/speed.json
 	$(BIN)/sparselab compare tiny --out benchmarks/compare --overwrite
 	$(BIN)/python benchmarks/layer_lab.py
 

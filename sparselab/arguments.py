@@ -70,6 +70,7 @@ def _add_prune(commands: Any, runs: Runs) -> None:
     _add_output(parser, "folder for the pruned model")
     parser.add_argument("--method", type=_method, default="sparsegpt", help="magnitude, wanda or sparsegpt")
     parser.add_argument("--sparsity", type=_sparsity, default="50%", help="0.5, 50%% or 2:4 (default: 50%%)")
+    _add_kernel(parser)
     parser.add_argument(
         "--propagate", choices=("pruned", "dense"), default="pruned", help="what each block is calibrated on"
     )
@@ -106,6 +107,7 @@ def _add_bench(commands: Any, runs: Runs) -> None:
     parser.add_argument(
         "--patterns", nargs="+", type=_sparsity, default=["50%", "2:4"], metavar="S", help="(default: 50%% 2:4)"
     )
+    _add_kernel(parser)
     parser.add_argument("--repeats", type=_at_least(1), default=5, help="rounds that count (default: 5)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="keep the record, unrounded")
     _add_calibration(parser)
@@ -149,6 +151,12 @@ def _add_solver(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--blocksize", type=_at_least(1), default=128, help="columns that compete in SparseGPT (default: 128)"
+    )
+
+
+def _add_kernel(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--kernel", choices=("torch", "triton"), default="torch", help="of SparseGPT's sweep (default: torch)"
     )
 
 

@@ -112,6 +112,7 @@ def _prune(options: argparse.Namespace) -> None:
             options.percdamp,
             options.blocksize,
             propagate=options.propagate,
+            kernel=options.kernel,
             batch_size=options.batch_size,
         )
         started = time.perf_counter()
@@ -157,11 +158,11 @@ def _bench(options: argparse.Namespace) -> None:
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if options.only != "model":
         patterns = [str(pattern) for pattern in options.patterns]
-        layers = bench.bench_layers(options.shapes or bench.SHAPES, patterns, options.repeats, device)
+        layers = bench.bench_layers(options.shapes or bench.SHAPES, patterns, options.repeats, device, options.kernel)
     if options.only != "layers":
         loaded, tokenizer = load(options.model, str(device), options.dtype)
         windows = corpora.calibration_tokens(tokenizer, options.dataset, options.nsamples, options.seqlen, options.seed)
-        model = bench.bench_model(loaded, windows, repeats=options.repeats)
+        model = bench.bench_model(loaded, windows, repeats=options.repeats, kernel=options.kernel)
         about = f"{options.model}, {options.nsamples} × {options.seqlen} tokens, SparseGPT, Wanda and magnitude at 50%"
     record = bench.Record(shlex.join(["sparselab", *sys.argv[1:]]), bench.machine(device), layers, model, about)
     if options.json:

@@ -22,6 +22,7 @@ class Settings:
         propagate: "pruned": each block is calibrated on what the pruned blocks before it send on (as in the paper);
             "dense": on what the dense ones would send.
         measure_error: report each layer's error also where the method itself could do without a Hessian.
+        kernel: of SparseGPT; see `solvers.sweep`.
     """
 
     method: str = "sparsegpt"
@@ -30,12 +31,15 @@ class Settings:
     blocksize: int = 128
     propagate: Literal["pruned", "dense"] = "pruned"
     measure_error: bool = True
+    kernel: solvers.Kernel = "torch"
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise ValueError(f"method: expected one of {', '.join(METHODS)}, received {self.method!r}")
         if self.propagate not in ("pruned", "dense"):
             raise ValueError(f"propagate: expected 'pruned' or 'dense', received {self.propagate!r}")
+        if self.kernel not in ("torch", "triton"):
+            raise ValueError(f"kernel: expected 'torch' or 'triton', received {self.kernel!r}")
         solvers.check_percdamp(self.percdamp)
         solvers.check_blocksize(self.blocksize)
 
@@ -62,7 +66,9 @@ METHODS: dict[str, Method] = {
         "feature norms",
     ),
     "sparsegpt": Method(
-        lambda weights, seen, to: solvers.sweep_together(weights, seen.factor(to.percdamp), to.pattern, to.blocksize),
+        lambda weights, seen, to: solvers.sweep_together(
+            weights, seen.factor(to.percdamp), to.pattern, to.blocksize, kernel=to.kernel
+        ),
         "hessian",
     ),
 }

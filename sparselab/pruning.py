@@ -64,6 +64,7 @@ def prune(
     *,
     propagate: Literal["pruned", "dense"] = "pruned",
     measure_error: bool = True,
+    kernel: solvers.Kernel = "torch",
     batch_size: int | None = None,
     progress: Progress = True,
 ) -> Report:
@@ -80,7 +81,7 @@ def prune(
             known.
         method: "sparsegpt", "wanda" or "magnitude".
         sparsity: 0.5, "50%", "2:4" or a pattern.
-        percdamp, blocksize, propagate, measure_error: see `Settings`.
+        percdamp, blocksize, propagate, measure_error, kernel: see `Settings`.
         batch_size: windows in one forward pass; None chooses by the device. Memory, not results, depends on it.
         progress: a bar over layers; see `sparselab.progress`.
 
@@ -97,7 +98,7 @@ def prune(
     collected = calib if isinstance(calib, dict) else None
     pattern = solvers.parse_sparsity(sparsity)
     view = propagate if collected is None else "dense"
-    settings = Settings(method, pattern, percdamp, blocksize, view, measure_error and calib is not None)
+    settings = Settings(method, pattern, percdamp, blocksize, view, measure_error and calib is not None, kernel)
     if calib is None and METHODS[method].needs != "nothing":
         raise ValueError(f"calib: {method} needs calibration windows, received None; see calibration_tokens")
     decoder = check_model(model, settings, collected)

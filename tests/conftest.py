@@ -2,12 +2,16 @@
 
 import os
 import shutil
+from pathlib import Path
 
 from jaxtyping import config, install_import_hook
 
+# Module by module: a checked function is wrapped, and Triton's compiler has to see kernels as they are written.
+_SOLVERS = (f"solvers.{path.stem}" for path in Path(__file__).parent.parent.glob("sparselab/solvers/*.py"))
 _CHECKED = (
-    *("solvers", "models", "corpora", "evaluation", "memory", "methods", "progress", "pruning", "pruners"),
-    *("experiment", "comparison", "analysis", "cost", "storage", "sweep", "training", "figures", "widgets"),
+    *(*_SOLVERS, "models", "corpora", "calibration", "evaluation", "resources", "methods", "progress", "pruning"),
+    *("pruners", "experiment", "comparison", "analysis", "cost", "storage", "sweep", "training", "figures", "widgets"),
+    "bench",
 )
 install_import_hook([f"sparselab.{name}" for name in _CHECKED], "runtime_types.check")
 
@@ -17,6 +21,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin make sm
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
+
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, PreTrainedModel
 
 import sparselab

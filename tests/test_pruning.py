@@ -396,3 +396,16 @@ def test_gpu_gives_the_cpus_errors(tokens, dtype):
     torch.testing.assert_close(
         torch.tensor(on_gpu.layers.relative_error), torch.tensor(on_cpu.layers.relative_error), rtol=rtol, atol=1e-4
     )
+
+
+@pytest.mark.usefixtures("untyped")
+def test_kernels_have_names(llama, tokens):
+    with pytest.raises(ValueError, match="kernel: expected 'torch' or 'triton', received 'cuda'"):
+        prune(llama, tokens, kernel="cuda", **QUIET)
+
+
+def test_the_report_says_where_the_time_went(llama, tokens):
+    report = prune(llama, tokens, **QUIET)
+    assert list(report.stages) == ["forward", "statistics", "factorise", "sweep", "error"]
+    assert 0.5 * report.seconds < sum(report.stages.values()) <= report.seconds
+    assert set(prune(tiny_llama(), None, "magnitude", **QUIET).stages) >= {"sweep"}

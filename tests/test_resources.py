@@ -1,6 +1,9 @@
+import time
+
+import pytest
 import torch
 
-from sparselab.resources import PeakMemory
+from sparselab.resources import PeakMemory, Stopwatch
 
 CPU = torch.device("cpu")
 
@@ -24,3 +27,19 @@ def test_what_was_freed_before_is_counted_when_it_is_taken_again():
         torch.ones(1)
     assert memory.bytes > 80e6
     del again, last
+
+
+def test_a_stage_inside_another_interrupts_it():
+    watch = Stopwatch(CPU)
+    with watch.stage("outer"):
+        time.sleep(0.02)
+        with watch.stage("inner"):
+            time.sleep(0.05)
+        time.sleep(0.02)
+    time.sleep(0.05)  # belongs to nobody
+    with watch.stage("inner"):
+        time.sleep(0.01)
+    seconds = watch.seconds()
+    assert list(seconds) == ["outer", "inner"]
+    assert seconds["outer"] == pytest.approx(0.04, abs=0.015)
+    assert seconds["inner"] == pytest.approx(0.06, abs=0.015)

@@ -24,15 +24,17 @@ def bench_layers(
     patterns: Sequence[str] = ("50%", "2:4"),
     repeats: int = 5,
     device: torch.device | str = "cpu",
+    kernel: solvers.Kernel = "torch",
     progress: Progress = True,
 ) -> pd.DataFrame:
-    """Time `solvers.sparsegpt` and the column loop in turns on random layers with correlated inputs.
+    """Time SparseGPT's solve (factor and sweep) and the column loop in turns on random layers with correlated inputs.
 
     Args:
         shapes: pairs (d_out, d_in).
         patterns: see `solvers.sparsegpt`.
         repeats: rounds that count, after one that does not.
         device: where to solve.
+        kernel: see `solvers.sweep`.
         progress: a bar over shapes and patterns; see `sparselab.progress`.
 
     Returns:
@@ -46,7 +48,7 @@ def bench_layers(
         for shape in shapes:
             weight, hessian = random_layer(*shape, device)
             for pattern in patterns:
-                rows.append(_row(weight, hessian, pattern, repeats))
+                rows.append(_row(weight, hessian, pattern, repeats, kernel))
                 advance(1)
     return pd.DataFrame(rows)
 
@@ -68,10 +70,17 @@ def mean_ratio(rows: pd.DataFrame) -> float:
 
 
 def _row(
-    weight: Float[Tensor, "d_out d_in"], hessian: Float[Tensor, "d_in d_in"], pattern: str, repeats: int
+    weight: Float[Tensor, "d_out d_in"],
+    hessian: Float[Tensor, "d_in d_in"],
+    pattern: str,
+    repeats: int,
+    kernel: solvers.Kernel,
 ) -> dict[str, object]:
     (d_out, d_in), device = weight.shape, weight.device
-    solve = partial(solvers.sparsegpt, weight, hessian, pattern)
+
+    def solve() -> Float[Tensor, "d_out d_in"]:
+        return solvers.sweep(weight, solvers.factorise(hessian, 0.01), pattern, kernel=kernel)
+
     loop_solve = partial(column_loop, weight, hessian, pattern)
     candidates: dict[str, Callable[[], object]] = {
         "loop": loop_solve,

@@ -16,6 +16,7 @@ from sparselab.models.blocks import Decoder, evaluating
 from sparselab.models.inputs import batches
 from sparselab.progress import Progress, tracked
 from sparselab.pruning import prune
+from sparselab.solvers import Kernel
 
 METHODS = ("sparsegpt", "wanda", "magnitude")
 
@@ -27,6 +28,7 @@ def bench_model(
     sparsity: str = "50%",
     repeats: int = 5,
     published: bool = True,
+    kernel: Kernel = "torch",
     progress: Progress = True,
 ) -> pd.DataFrame:
     """Time whole runs in turns, calibration included, each on a copy of the model.
@@ -38,6 +40,7 @@ def bench_model(
         sparsity: see `prune`.
         repeats: rounds that count, after one that does not.
         published: run the published flow too; it takes long.
+        kernel: see `solvers.sweep`.
         progress: a bar over runs; see `sparselab.progress`.
 
     Returns:
@@ -46,7 +49,7 @@ def bench_model(
     device = Decoder(model).device
     pruned = copy.deepcopy(model)
     runs: dict[str, Callable[[], object]] = {"two forwards": partial(two_forwards, pruned, windows)}
-    runs |= {method: partial(_prune, pruned, windows, method, sparsity) for method in methods}
+    runs |= {method: partial(_prune, pruned, windows, method, sparsity, kernel) for method in methods}
     if published:
         runs["published flow"] = partial(published_flow, pruned, windows, sparsity)
     with tracked(progress, len(runs) * (repeats + 1), "whole model", "run") as advance:
@@ -88,5 +91,7 @@ def two_forwards(model: PreTrainedModel, windows: Int[Tensor, "n seqlen"]) -> No
             hidden = sent_on
 
 
-def _prune(model: PreTrainedModel, windows: Int[Tensor, "n seqlen"], method: str, sparsity: str) -> None:
-    prune(model, windows, method, sparsity, measure_error=method == "sparsegpt", progress=False)
+def _prune(
+    model: PreTrainedModel, windows: Int[Tensor, "n seqlen"], method: str, sparsity: str, kernel: Kernel
+) -> None:
+    prune(model, windows, method, sparsity, measure_error=method == "sparsegpt", kernel=kernel, progress=False)

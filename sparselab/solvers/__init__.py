@@ -12,7 +12,7 @@ from sparselab.solvers.hessian import (
 )
 from sparselab.solvers.magnitude import magnitude
 from sparselab.solvers.reconstruction import reconstruct
-from sparselab.solvers.sparsegpt import sparsegpt, sweep, sweep_together
+from sparselab.solvers.sparsegpt import Kernel, sparsegpt, sweep, sweep_together
 from sparselab.solvers.sparsity import (
     NM,
     Pattern,
@@ -29,6 +29,7 @@ __all__ = [
     "NM",
     "Factor",
     "InputStatistics",
+    "Kernel",
     "Pattern",
     "Step",
     "Unstructured",

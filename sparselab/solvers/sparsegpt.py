@@ -4,8 +4,8 @@ This is the production path: one Cholesky factor, no inverse of the Hessian, one
 same algorithm as the paper writes it, column by column, stands in `textbook.py`.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Shaped
@@ -19,6 +19,8 @@ from sparselab.solvers.sparsity import NM, Pattern, Unstructured, check_sweep, l
 _COLUMNS_AT_ONCE = 16
 # Columns that what all columns before them owe reaches in one matrix product, which is slower on fewer.
 _COLUMNS_A_PANEL = 512
+
+Kernel = Literal["torch", "triton"]
 
 
 def sparsegpt(
@@ -63,6 +65,7 @@ def sweep(
     sparsity: float | str | Pattern,
     blocksize: int = 128,
     keep: Bool[Tensor, "d_out d_in"] | None = None,
+    kernel: Kernel = "torch",
 ) -> Float[Tensor, "d_out d_in"]:
     """The column sweep of SparseGPT on a factored Hessian.
 
@@ -73,11 +76,12 @@ def sweep(
     Args:
         weight, sparsity, blocksize, keep: see `sparsegpt`.
         factor: from `factorise`, of a Hessian of this weight's inputs.
+        kernel: "torch", or "triton" for a GPU kernel that sweeps a block of up to 128 columns in one launch.
 
     Raises:
         ValueError, TypeError, NonFiniteError: see `sparsegpt`.
     """
-    return next(sweep_together([weight], factor, sparsity, blocksize, None if keep is None else [keep]))
+    return next(sweep_together([weight], factor, sparsity, blocksize, None if keep is None else [keep], kernel))
 
 
 @torch.no_grad()
@@ -88,6 +92,7 @@ def sweep_together(
     sparsity: float | str | Pattern,
     blocksize: int = 128,
     keep: Sequence[Bool[Tensor, "_ d_in"]] | None = None,
+    kernel: Kernel = "torch",
 ) -> Iterator[Float[Tensor, "_ d_in"]]:
     """`sweep` for layers that see the same inputs (q, k and v; gate and up), all of one dtype, in one go.
 
@@ -96,7 +101,7 @@ def sweep_together(
 
     Args:
         weights: of any number of outputs each.
-        factor, sparsity, blocksize: see `sweep`.
+        factor, sparsity, blocksize, kernel: see `sweep`.
         keep: a mask for each weight, or None.
 
     Returns:
@@ -115,6 +120,7 @@ def sweep_together(
     rows = [len(weight) for weight in weights]
     V = factor.V.to(working_dtype(stacked, factor.V))
     importance = torch.where(factor.dead, 0, V.diagonal())
+    sweep_block = _block_sweeper(kernel, blocksize, V.device)
     delta = torch.empty(stacked.shape, dtype=V.dtype, device=V.device)  # Δ = W − Ŵ of the columns done
     width = max(blocksize, _COLUMNS_A_PANEL // blocksize * blocksize)
     for first in range(0, len(V), width):
@@ -134,7 +140,8 @@ def sweep_together(
             elif isinstance(pattern, Unstructured):
                 # |w|/U_qq: the root of the paper's score (equation 3), whose square a float may be too small for.
                 remove = _lowest_of_each(W.abs().mul_(importance[block, None]), rows, pattern.fraction)
-            _sweep_block(W, U, importance[block], remove, pattern)
+            push = (U / -U.diagonal()[:, None]).triu_(1)
+            sweep_block(W, push, importance[block], remove, pattern if isinstance(pattern, NM) else None)
             # Δ is taken after rounding to the layer's dtype, so that later columns make good for the rounding too.
             delta[:, block] = _transposed(dense[here] - W.to(stacked.dtype))
     return (fitted(part, stacked.dtype) for part in torch.sub(stacked, delta, out=delta).split(rows))
@@ -155,22 +162,38 @@ def _lowest_of_each(
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
+def _block_sweeper(kernel: str, blocksize: int, device: torch.device) -> Callable[..., None]:
+    if kernel == "torch":
+        return _sweep_block
+    if kernel != "triton":
+        raise ValueError(f"kernel: expected 'torch' or 'triton', received {kernel!r}")
+    from sparselab.solvers.kernels import block_sweep
+
+    if blocksize > block_sweep.WIDEST or not (device.type == "cuda" or block_sweep.interpreted()):
+        raise ValueError(
+            f"kernel 'triton': expected blocks of at most {block_sweep.WIDEST} columns on a GPU, "
+            f"received blocksize {blocksize} on {device}; use kernel 'torch'"
+        )
+    return block_sweep.sweep_block
+
+
 def _sweep_block(
     W: Float[Tensor, "width rows"],
-    U: Float[Tensor, "width width"],
+    push: Float[Tensor, "width width"],
     importance: Float[Tensor, " width"],
     remove: Bool[Tensor, "width rows"] | None,
-    pattern: Pattern,
+    choose: NM | None,
 ) -> None:
     """From one block's compensated weights to its pruned ones, in place; without `remove`, N:M groups choose in turn.
 
-    A removed w_q puts −w_q U_{q,>q} / U_qq on the columns after it (equation 3 of the paper, by the factor's rows).
+    A removed w_q puts −w_q U_{q,>q} / U_qq on the columns after it (equation 3 of the paper, by the factor's rows):
+    row q of `push`.
     """
-    push = (U / -U.diagonal()[:, None]).triu_(1).T.contiguous()
+    choose = choose if remove is None else None
+    push = _transposed(push)
     removed = torch.zeros_like(W)
     flags = torch.empty_like(W) if remove is None else remove.to(W.dtype)
     columns = list(zip(W, flags, removed, strict=True))
-    choose = pattern if remove is None and isinstance(pattern, NM) else None
     step = max(choose.group, _COLUMNS_AT_ONCE // choose.group * choose.group) if choose else _COLUMNS_AT_ONCE
     for first in range(0, len(W), step):
         last = min(first + step, len(W))

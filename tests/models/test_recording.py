@@ -6,7 +6,7 @@ from torch import nn
 
 from sparselab.errors import NonFiniteError, SparselabError, UnsupportedModelError
 from sparselab.models.blocks import Call, Decoder, evaluating
-from sparselab.models.recording import collect_statistics, shared_tensors
+from sparselab.models.recording import AllInputsSeen, collect_statistics, shared_tensors
 
 
 class Block(nn.Module):
@@ -62,6 +62,26 @@ def test_inputs_that_count_no_changes_are_summed_apart():
     assert len({id(s) for s in seen.values()}) == 4
     torch.testing.assert_close(seen["k"].hessian, rows.T @ rows)
     torch.testing.assert_close(seen["d"].hessian, 4 * rows.T @ rows)
+
+
+def test_a_pass_ends_when_all_inputs_are_seen():
+    block, calls = Block(), []
+    block.d.register_forward_hook(lambda *_: calls.append("d"))
+    inputs = [torch.randn(2, 5, 6), torch.randn(1, 3, 6)]
+    with torch.no_grad(), collect_statistics(block, "b", True) as whole:
+        for x in inputs:
+            block(x.clone())
+    assert len(calls) == 2
+    with torch.no_grad(), collect_statistics(block, "b", True, inputs_only=True) as ended:
+        for x in inputs:
+            with pytest.raises(AllInputsSeen):
+                block(x.clone())
+    assert len(calls) == 2, "the last layer has multiplied nothing"
+    assert all(torch.equal(ended[name].hessian, whole[name].hessian) for name in "qkod")
+    block.o._hf_hook = None  # accelerate moves weights in and out by such hooks, which have to run to the end
+    with torch.no_grad(), collect_statistics(block, "b", True, inputs_only=True):
+        block(inputs[0])
+    assert len(calls) == 3
 
 
 def test_trouble_names_the_layer():

@@ -19,6 +19,7 @@ from sparselab.solvers import (
     sparsegpt,
     sparsegpt_textbook,
     sweep,
+    sweep_together,
     wanda,
 )
 
@@ -157,6 +158,38 @@ def test_layers_that_share_inputs_share_the_factor():
     factor = factorise(H, 0.01)
     for rows in (W[:5], W[5:]):
         torch.testing.assert_close(sweep(rows, factor, Unstructured(0.5)), sparsegpt(rows, H, 0.5))
+
+
+def test_layers_are_swept_together_as_they_would_be_alone():
+    W, _, H = layer(24, 600)
+    factor, parts = factorise(H, 0.01), [W[:5], W[5:6], W[6:]]
+    masks = list((torch.rand(W.shape, generator=torch.Generator().manual_seed(0)) > 0.4).split([5, 1, 18]))
+    for pattern, keep in (("30%", None), ("2:4", None), ("50%", masks)):
+        together = sweep_together(parts, factor, pattern, 64, keep)
+        alone = [sweep(part, factor, pattern, 64, keep and keep[k]) for k, part in enumerate(parts)]
+        for one, other in zip(together, alone, strict=True):
+            torch.testing.assert_close(one, other)
+            assert torch.equal(one == 0, other == 0)
+
+
+@pytest.mark.parametrize("sparsity", ["50%", "2:4"])
+def test_float32_keeps_the_float64_mask_and_error(sparsity):
+    W, _, H = layer(256, 768)
+    fast, (exact, _) = sparsegpt(W.float(), H.float(), sparsity).double(), sparsegpt_textbook(W, H, sparsity)
+    assert relative_error(W, fast, H) == pytest.approx(relative_error(W, exact, H), rel=SAME_ERROR)
+    assert ((fast == 0) == (exact == 0)).double().mean() > 0.995
+
+
+def test_rounding_to_a_short_dtype_is_made_good_by_later_columns():
+    W, _, H = layer(64, 256)
+    short, keep = W.bfloat16(), sparsegpt(W, H, 0.5) != 0
+
+    def error(pruned):
+        return relative_error(short.double(), pruned.double(), damped(H, 0.01))
+
+    at_the_end = error(sparsegpt(short.double(), H, 0.5, keep=keep).bfloat16())
+    block_by_block, column_by_column = (error(sparsegpt(short, H, 0.5, blocksize=size, keep=keep)) for size in (16, 1))
+    assert column_by_column < block_by_block < at_the_end
 
 
 def test_repeats_bit_for_bit():

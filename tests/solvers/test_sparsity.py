@@ -121,3 +121,21 @@ def test_m_must_divide():
 def test_realised_sparsity_counts_zeros_of_either_sign():
     assert realised_sparsity(torch.tensor([0.0, -0.0, 1.0, 2.0])) == 0.5
     assert math.isnan(realised_sparsity(torch.empty(0)))
+
+
+@pytest.mark.parametrize("share", [1e-5, 0.3, 0.5, 0.999])
+@pytest.mark.parametrize(
+    "scores",
+    [
+        pytest.param(torch.rand(100_000, generator=torch.Generator().manual_seed(0)), id="random"),
+        pytest.param(torch.arange(100_000.0), id="sorted"),
+        pytest.param(torch.arange(100_000.0).fmod(12), id="ties, and a pattern that a sample in steps of 12 misses"),
+        pytest.param(torch.zeros(100_000), id="all equal"),
+        pytest.param(torch.rand(100_000, dtype=torch.float64).bfloat16(), id="bfloat16"),
+    ],
+)
+def test_a_large_group_is_cut_exactly(scores, share):
+    count = round(share * len(scores))
+    pruned = ~keep_largest(scores, share)
+    order = scores.float().sort(stable=True).indices
+    assert torch.equal(pruned.nonzero()[:, 0], order[:count].sort().values)
