@@ -18,8 +18,9 @@ from torch import Tensor
 from sparselab.errors import NonFiniteError, SingularHessianError
 from sparselab.solvers.checks import all_finite, check_hessian, check_matrix, check_percdamp, check_tensor
 
-# Columns of the Hessian that are summed, and columns of its factor that are found, in one product.
-_PANEL = 128
+# Columns of the Hessian that are summed, and columns of its factor that are found, in one product. As many as the
+# usual block of the sweep, which then finds the inverses of its corners at hand.
+PANEL = 128
 
 
 @contextmanager
@@ -127,7 +128,7 @@ class InputStatistics:
 
     def _panels(self) -> list[slice]:
         """Columns that are summed at a time, each with all columns after it."""
-        d_in, width = len(self._sum), _PANEL if self._sum.device.type == "cpu" else 8 * _PANEL
+        d_in, width = len(self._sum), PANEL if self._sum.device.type == "cpu" else 8 * PANEL
         return [slice(start, min(start + width, d_in)) for start in range(0, d_in, width)]
 
     def _check_range(self, rows: Float[Tensor, "tokens d_in"]) -> None:
@@ -155,14 +156,23 @@ class Factor:
     Args:
         V: upper triangular.
         dead: inputs that were zero on all calibration tokens.
+        corners: V_jj⁻¹ of every `PANEL` columns.
     """
 
     V: Float[Tensor, "d d"]
     dead: Bool[Tensor, " d"]
+    corners: tuple[Float[Tensor, "_ _"], ...]
 
     def to(self, dtype: torch.dtype) -> "Factor":
         """The same in another precision."""
-        return Factor(self.V.to(dtype), self.dead)
+        return Factor(self.V.to(dtype), self.dead, tuple(corner.to(dtype) for corner in self.corners))
+
+    def inverses(self, blocksize: int) -> list[Float[Tensor, "_ _"]]:
+        """V_jj⁻¹ of every `blocksize` columns: what U is on the diagonal."""
+        if blocksize == PANEL:
+            return list(self.corners)
+        starts = range(0, len(self.V), blocksize)
+        return [invert_upper(self.V[start : start + blocksize, start : start + blocksize]) for start in starts]
 
 
 def dead_columns(hessian: Float[Tensor, "d d"]) -> Bool[Tensor, " d"]:
@@ -186,20 +196,33 @@ def damped(hessian: Float[Tensor, "d d"], percdamp: float) -> Float[Tensor, "d d
         NonFiniteError: the Hessian has NaN or infinite entries, or percdamp is too large for the dtype.
     Source: Frantar & Alistarh 2023, section 3.4 and the published code.
     """
-    check_percdamp(percdamp)
     check_hessian(hessian)
     if not all_finite(hessian):
-        raise NonFiniteError("the Hessian has NaN or infinite entries; look at the calibration inputs")
+        raise _damaged()
     result = hessian.to(working_dtype(hessian), copy=True)
-    diagonal = result.diagonal()
+    result.diagonal().copy_(_damped_diagonal(hessian, percdamp))
+    return result
+
+
+def _damped_diagonal(hessian: Float[Tensor, "d d"], percdamp: float) -> Float[Tensor, " d"]:
+    """The diagonal of `damped(hessian, percdamp)`, once the arguments have been checked."""
+    check_percdamp(percdamp)
+    check_hessian(hessian)
+    diagonal = hessian.diagonal().to(working_dtype(hessian), copy=True)
     diagonal[dead_columns(hessian)] = 1
     diagonal += float(percdamp) * diagonal.mean()
+    if not hessian.diagonal().isfinite().all():
+        raise _damaged()
     if not diagonal.isfinite().all():
         raise NonFiniteError(
             f"the Hessian damped with percdamp {float(percdamp):g}, on a mean diagonal of "
-            f"{hessian.diagonal().double().mean():g}, does not fit {result.dtype}; lower percdamp (0.01 is usual)"
+            f"{hessian.diagonal().double().mean():g}, does not fit {diagonal.dtype}; lower percdamp (0.01 is usual)"
         )
-    return result
+    return diagonal
+
+
+def _damaged() -> NonFiniteError:
+    return NonFiniteError("the Hessian has NaN or infinite entries; look at the calibration inputs")
 
 
 def working_dtype(*tensors: Float[Tensor, "..."]) -> torch.dtype:
@@ -247,17 +270,23 @@ def factorise(hessian: Float[Tensor, "d d"], percdamp: float) -> Factor:
         ValueError, NonFiniteError: see `damped`.
         SingularHessianError: not positive definite even so; a larger percdamp or more tokens are the remedy.
     """
-    V = damped(hessian, percdamp).triu_()
-    for stop in range(len(V), 0, -_PANEL):
-        start = max(stop - _PANEL, 0)
-        panel = V[:stop, start:stop]
-        panel.addmm_(V[:stop, stop:], V[start:stop, stop:].T, alpha=-1)
-        lower, info = torch.linalg.cholesky_ex(panel[start:].flip(0, 1))  # reads what was the upper half
+    diagonal = _damped_diagonal(hessian, percdamp)
+    H = hessian.detach().to(diagonal.dtype)
+    V, corners = torch.zeros_like(H, memory_format=torch.contiguous_format), []
+    for start in reversed(range(0, len(V), PANEL)):
+        stop = min(start + PANEL, len(V))
+        rest = V[:stop, stop:] @ V[start:stop, stop:].T
+        panel = torch.sub(H[:stop, start:stop], rest, out=V[:stop, start:stop])
+        corner = panel[start:]
+        corner.diagonal().copy_(diagonal[start:stop] - rest[start:].diagonal())
+        lower, info = torch.linalg.cholesky_ex(corner.flip(0, 1))  # reads what was the upper half
+        if info.any() and not all_finite(H):
+            raise _damaged()
         _check_definite(info, len(V), percdamp)
-        corner = lower.flip(0, 1)
-        panel[start:] = corner
-        panel[:start] = panel[:start] @ invert_upper(corner).T
-    return Factor(V, dead_columns(hessian))
+        corner.copy_(lower.flip(0, 1))
+        corners.append(invert_upper(corner))
+        panel[:start] = panel[:start] @ corners[-1].T
+    return Factor(V, dead_columns(hessian), tuple(reversed(corners)))
 
 
 @torch.no_grad()

@@ -12,8 +12,8 @@ from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 from sparselab.solvers.checks import check_hessian, check_matrix, check_weight, fitted
-from sparselab.solvers.hessian import Factor, factorise, full_precision, invert_upper, working_dtype
-from sparselab.solvers.sparsity import NM, Pattern, Unstructured, check_sweep, lowest, parse_sparsity
+from sparselab.solvers.hessian import Factor, factorise, full_precision, working_dtype
+from sparselab.solvers.sparsity import NM, Pattern, Unstructured, check_sweep, lowest, mark_lowest, parse_sparsity
 
 # Columns whose mutual influence is applied one by one; between such groups it is one matrix product.
 _COLUMNS_AT_ONCE = 16
@@ -118,19 +118,22 @@ def sweep_together(
     stacked = weights[0] if len(weights) == 1 else torch.cat(list(weights))
     masks = None if keep is None else torch.cat(list(keep))
     rows = [len(weight) for weight in weights]
-    V = factor.V.to(working_dtype(stacked, factor.V))
+    factor = factor.to(working_dtype(stacked, factor.V))
+    V, inverses = factor.V, factor.inverses(blocksize)
     importance = torch.where(factor.dead, 0, V.diagonal())
     sweep_block = _block_sweeper(kernel, blocksize, V.device)
     delta = torch.empty(stacked.shape, dtype=V.dtype, device=V.device)  # Δ = W − Ŵ of the columns done
     width = max(blocksize, _COLUMNS_A_PANEL // blocksize * blocksize)
     for first in range(0, len(V), width):
         panel = slice(first, min(first + width, len(V)))
-        blocks = [slice(start, min(start + blocksize, panel.stop)) for start in range(first, panel.stop, blocksize)]
-        inverses = [invert_upper(V[block, block]) for block in blocks]
-        arriving = torch.cat([V[:first, block] @ U for block, U in zip(blocks, inverses, strict=True)], dim=1)
+        blocks = [
+            (slice(start, min(start + blocksize, panel.stop)), inverses[start // blocksize])
+            for start in range(first, panel.stop, blocksize)
+        ]
+        arriving = torch.cat([V[:first, block] @ U for block, U in blocks], dim=1)
         dense = _transposed(stacked[:, panel].contiguous()).to(V.dtype)  # columns of W, each contiguous from here on
         compensated = torch.addmm(dense, arriving.T, delta[:, :first].T)
-        for block, U in zip(blocks, inverses, strict=True):
+        for block, U in blocks:
             here = slice(block.start - first, block.stop - first)
             W = compensated[here]
             W.addmm_((V[first : block.start, block] @ U).T, delta[:, first : block.start].T)
@@ -203,8 +206,7 @@ def _sweep_block(
             few = slice(start, start + group)
             if choose:
                 W[few].addmm_(push[few, first:start], removed[first:start])
-                scores = W[few].abs().mul_(importance[few, None])
-                flags[few] = lowest(scores.T, group - choose.kept).T
+                mark_lowest(W[few].abs().mul_(importance[few, None]), group - choose.kept, flags[few])
             before = removed[few].T  # of the columns still to come it holds zeros
             for (w, flag, out), pushed in zip(columns[few], push[few, few], strict=True):
                 w.addmv_(before, pushed)

@@ -164,6 +164,15 @@ def lowest(scores: Float[Tensor, "*groups size"], count: int) -> Bool[Tensor, "*
     return below | (tied & (tied.cumsum(dim=-1) <= places_left))
 
 
+def mark_lowest(scores: Float[Tensor, "size groups"], count: int, marks: Float[Tensor, "size groups"]) -> None:
+    """`lowest` of each column, written into `marks` as ones and zeros; N:M asks for it once in every M columns."""
+    if 0 < count < len(scores) <= _FEW:
+        torch.le(scores, _kth_of_few(list(scores), count), out=marks)
+        if int(marks.count_nonzero()) == count * scores.shape[1]:
+            return
+    marks.copy_(lowest(scores.T, count).T)
+
+
 def check_sweep(
     weight: Float[Tensor, "d_out d_in"], pattern: Pattern, blocksize: int, keep: Bool[Tensor, "..."] | None
 ) -> None:
@@ -212,7 +221,8 @@ def _kth_of_many(scores: Float[np.ndarray, " size"], k: int) -> np.floating[Any]
     if len(scores) < 4 * _SAMPLE:
         return None
     sample = np.sort(scores[:: len(scores) // _SAMPLE])
-    centre, slack = k * len(sample) // len(scores), 4 * math.isqrt(len(sample))
+    # Two roots of the sample's size are at least four standard deviations of the k-th lowest's place in it.
+    centre, slack = k * len(sample) // len(scores), 2 * math.isqrt(len(sample))
     low, high = sample[max(centre - slack, 0)], sample[min(centre + slack, len(sample) - 1)]
     within = scores[(scores >= low) & (scores <= high)]
     rank = k - np.count_nonzero(scores < low)
