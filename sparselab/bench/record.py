@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 
 from sparselab.bench.layers import mean_ratio
+from sparselab.files import markdown_table
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,20 @@ class Record:
         if self.model is not None:
             parts += [self.about, _model_table(self.model).to_string(index=False)]
         return "\n\n".join(parts)
+
+    @property
+    def markdown(self) -> str:
+        """The tables, for a page that shows them."""
+        tables = [] if self.layers is None else [_layer_table(self.layers)]
+        tables += [] if self.model is None else [_model_table(self.model)]
+        return "\n".join(markdown_table(table) for table in tables)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Record":
+        """What `save` has written."""
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        tables = {name: pd.DataFrame(content[name]) for name in ("layers", "model") if name in content}
+        return cls(content["command"], content["machine"], about=content["about"], **tables)
 
     def save(self, path: str | Path) -> None:
         """Write everything as JSON, seconds and bytes unrounded, with today's date."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sparselab.solvers.checks import check_hessian, check_matrix, check_weight, fitted
 from sparselab.solvers.hessian import Factor, factorise, full_precision, working_dtype
-from sparselab.solvers.sparsity import NM, Pattern, Unstructured, check_sweep, lowest, mark_lowest, parse_sparsity
+from sparselab.solvers.sparsity import NM, Pattern, check_sweep, lowest, mark_lowest, parse_sparsity
 
 # Columns whose mutual influence is applied one by one; between such groups it is one matrix product.
 _COLUMNS_AT_ONCE = 16
@@ -122,6 +122,7 @@ def sweep_together(
     V, inverses = factor.V, factor.inverses(blocksize)
     importance = torch.where(factor.dead, 0, V.diagonal())
     sweep_block = _block_sweeper(kernel, blocksize, V.device)
+    pruned = torch.empty_like(stacked, memory_format=torch.contiguous_format)
     delta = torch.empty(stacked.shape, dtype=V.dtype, device=V.device)  # Δ = W − Ŵ of the columns done
     width = max(blocksize, _COLUMNS_A_PANEL // blocksize * blocksize)
     for first in range(0, len(V), width):
@@ -137,17 +138,13 @@ def sweep_together(
             here = slice(block.start - first, block.stop - first)
             W = compensated[here]
             W.addmm_((V[first : block.start, block] @ U).T, delta[:, first : block.start].T)
-            remove = None
-            if masks is not None:
-                remove = ~masks[:, block].T
-            elif isinstance(pattern, Unstructured):
-                # |w|/U_qq: the root of the paper's score (equation 3), whose square a float may be too small for.
-                remove = _lowest_of_each(W.abs().mul_(importance[block, None]), rows, pattern.fraction)
+            remove = _lowest_of_each(W, importance[block], rows, pattern) if masks is None else ~masks[:, block].T
             push = (U / -U.diagonal()[:, None]).triu_(1)
             sweep_block(W, push, importance[block], remove, pattern if isinstance(pattern, NM) else None)
-            # Δ is taken after rounding to the layer's dtype, so that later columns make good for the rounding too.
-            delta[:, block] = _transposed(dense[here] - W.to(stacked.dtype))
-    return (fitted(part, stacked.dtype) for part in torch.sub(stacked, delta, out=delta).split(rows))
+            rounded = W.to(stacked.dtype)  # and Δ is taken after it, so that later columns make good for it too
+            pruned[:, block] = _transposed(rounded)
+            delta[:, block] = _transposed(dense[here] - rounded)
+    return (fitted(part, stacked.dtype) for part in pruned.split(rows))
 
 
 def _transposed(matrix: Shaped[Tensor, "a b"]) -> Shaped[Tensor, "b a"]:
@@ -156,11 +153,18 @@ def _transposed(matrix: Shaped[Tensor, "a b"]) -> Shaped[Tensor, "b a"]:
 
 
 def _lowest_of_each(
-    scores: Float[Tensor, "width rows"], rows: Sequence[int], fraction: float
-) -> Bool[Tensor, "width rows"]:
-    """The weights to prune in a block, chosen in each layer by itself; input by input where scores are equal."""
+    W: Float[Tensor, "width rows"], importance: Float[Tensor, " width"], rows: Sequence[int], pattern: Pattern
+) -> Bool[Tensor, "width rows"] | None:
+    """What goes of a block, chosen in each layer by itself, input by input where scores are equal; None for N:M.
+
+    Ranked by |w|/U_qq, the root of the paper's score (equation 3), whose square a float may be too small for.
+    """
+    if isinstance(pattern, NM):
+        return None  # its groups choose one after the other, each from weights that those before it have changed
+    scores = W.abs().mul_(importance[:, None])
     parts = [
-        lowest(part.flatten(), round(fraction * part.numel())).view_as(part) for part in scores.split(list(rows), dim=1)
+        lowest(part.flatten(), round(pattern.fraction * part.numel())).view_as(part)
+        for part in scores.split(list(rows), dim=1)
     ]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 

@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -9,6 +10,7 @@ from sparselab.bench import Record, bench_layers, bench_model, machine, mean_rat
 from sparselab.bench.timing import interleaved, peak_memory
 from sparselab.cli import main
 
+ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 
 
@@ -53,7 +55,17 @@ def test_a_record_says_everything_and_comes_back(tmp_path):
     assert kept["machine"]["torch"] == torch.__version__
     assert "model" not in kept
     assert "16×16" in str(record)
+    assert Record.load(tmp_path / "record.json").markdown == record.markdown
     assert "geometric mean of the ratios" in str(record)
+
+
+def test_the_results_page_shows_the_record():
+    page, record = ((ROOT / "benchmarks" / name) for name in ("RESULTS.md", "speed.json"))
+    text, kept = page.read_text(encoding="utf-8"), Record.load(record)
+    for table in kept.markdown.split("\n\n"):
+        assert table.strip() in text
+    assert kept.command in text
+    assert f"**{mean_ratio(kept.layers):.1f}**" in text
 
 
 def test_peak_memory_of_a_run():
