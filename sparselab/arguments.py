@@ -109,7 +109,7 @@ def _add_bench(commands: Any, runs: Runs) -> None:
     )
     _add_kernel(parser)
     parser.add_argument("--repeats", type=_at_least(1), default=5, help="rounds that count (default: 5)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="keep the record, unrounded")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="keep the record there, and its tables beside it")
     _add_calibration(parser)
     _add_machine(parser)
 

@@ -51,7 +51,7 @@ def collect(
     with evaluating(model), tracked(progress, len(wanted), "statistics", "block") as advance:
         streams = enter(decoder, windows, batch_size)
         for index in range(max(wanted, default=-1) + 1):
-            outputs: list[Tensor] = []
+            outputs: list[Tensor] | None = [] if index < max(wanted) else None
             if index in wanted:
                 statistics = observe(decoder, index, streams, True, outputs)
                 collected.update({f"{decoder.blocks_name}.{index}.{name}": seen for name, seen in statistics.items()})

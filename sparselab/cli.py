@@ -28,6 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         runs: Runs = {"compare": _compare, "prune": _prune, "eval": _eval, "bench": _bench, "train": _train}
         options = build_parser(runs).parse_args(arguments)
+        options.words = sys.argv[1:] if arguments is None else list(arguments)
         options.run(options)
     except (KeyboardInterrupt, Exception) as error:  # whatever the libraries below raise, a user gets one line of it
         if options.debug and not isinstance(error, KeyboardInterrupt):
@@ -121,7 +122,9 @@ def _prune(options: argparse.Namespace) -> None:
             tokenizer.save_pretrained(folder)
         stages = report.stages | {"write": time.perf_counter() - started}
         report.layers.to_csv(folder / "report.csv", index=False)
-        given = {name: value for name, value in vars(options).items() if name not in ("run", "command", "debug")}
+        given = {
+            name: value for name, value in vars(options).items() if name not in ("run", "command", "debug", "words")
+        }
         files.write_stamp(folder, "prune", given)
     _say(
         f"{options.model} pruned by {options.method}: {report.sparsity:.2%} zeros in {len(report.layers)} layers, "
@@ -151,20 +154,21 @@ def _bench(options: argparse.Namespace) -> None:
     from sparselab import bench, corpora
     from sparselab.models import load
 
-    if options.json and not options.json.parent.is_dir():
+    if options.json and (options.json.is_dir() or not options.json.parent.is_dir()):
         raise ValueError(f"--json: expected a file in an existing folder, received {options.json}")
-    layers = model = None
-    about = ""
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    loaded = windows = layers = model = None
+    if options.only != "layers":  # opened first: a wrong name should not be found out after minutes
+        loaded, tokenizer = load(options.model, str(device), options.dtype)
+        windows = corpora.calibration_tokens(tokenizer, options.dataset, options.nsamples, options.seqlen, options.seed)
     if options.only != "model":
         patterns = [str(pattern) for pattern in options.patterns]
         layers = bench.bench_layers(options.shapes or bench.SHAPES, patterns, options.repeats, device, options.kernel)
-    if options.only != "layers":
-        loaded, tokenizer = load(options.model, str(device), options.dtype)
-        windows = corpora.calibration_tokens(tokenizer, options.dataset, options.nsamples, options.seqlen, options.seed)
+    about = ""
+    if loaded is not None:
         model = bench.bench_model(loaded, windows, repeats=options.repeats, kernel=options.kernel)
         about = f"{options.model}, {options.nsamples} × {options.seqlen} tokens, SparseGPT, Wanda and magnitude at 50%"
-    record = bench.Record(shlex.join(["sparselab", *sys.argv[1:]]), bench.machine(device), layers, model, about)
+    record = bench.Record(shlex.join(["sparselab", *options.words]), bench.machine(device), layers, model, about)
     if options.json:
         record.save(options.json)
     _say(str(record))

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 from jaxtyping import Float
 from torch import Tensor
@@ -38,8 +38,8 @@ class Settings:
             raise ValueError(f"method: expected one of {', '.join(METHODS)}, received {self.method!r}")
         if self.propagate not in ("pruned", "dense"):
             raise ValueError(f"propagate: expected 'pruned' or 'dense', received {self.propagate!r}")
-        if self.kernel not in ("torch", "triton"):
-            raise ValueError(f"kernel: expected 'torch' or 'triton', received {self.kernel!r}")
+        if self.kernel not in get_args(solvers.Kernel):
+            raise ValueError(f"kernel: expected one of {', '.join(get_args(solvers.Kernel))}, received {self.kernel!r}")
         solvers.check_percdamp(self.percdamp)
         solvers.check_blocksize(self.blocksize)
 

@@ -146,7 +146,8 @@ def _prune_block(
     """Prune the layers of a block; the hidden states have moved on when the last row has come."""
     block_name = f"{decoder.blocks_name}.{index}"
     linears = find_linears(decoder.blocks[index])
-    outputs: list[Tensor] | None = [] if settings.propagate == "dense" else None
+    last = index + 1 == len(decoder.blocks)
+    outputs: list[Tensor] | None = [] if settings.propagate == "dense" and not last else None
     if streams:
         with watch.stage("forward"):
             observed = observe(decoder, index, streams, _collects(settings) == "hessian", outputs, watch)
@@ -184,9 +185,11 @@ def _prune_layers(
             seen.factor(settings.percdamp)
     with watch.stage("sweep"):
         results = iter(method.solve(weights, seen, settings))
-    seconds = time.perf_counter() - started
+    size, taken = sum(weight.numel() for weight in weights), 0.0
     for linear, weight in zip(linears, weights, strict=True):
-        pruned = next(results)
+        with watch.stage("sweep"):
+            pruned = next(results)  # which looks whether it is finite, so that on a GPU too it is done now
+        taken = taken or time.perf_counter() - started
         d_out, d_in = weight.shape
         with watch.stage("error"):
             error = _relative_error(weight, pruned, seen, settings)
@@ -197,7 +200,7 @@ def _prune_layers(
             "sparsity": solvers.realised_sparsity(pruned),
             "relative_error": error,
             "tokens": seen.tokens,
-            "seconds": seconds * weight.numel() / sum(other.numel() for other in weights),
+            "seconds": taken * weight.numel() / size,
         }
 
 
@@ -213,6 +216,9 @@ def _collects(settings: Settings) -> str:
 def _check_layers(decoder: Decoder, settings: Settings, collected: Collected | None) -> None:
     """Everything that can be known to fail before the first block is touched."""
     linears = decoder.linears()
+    if settings.method == "sparsegpt":
+        for device in {linear.weight.device for linear in linears.values()}:
+            solvers.check_kernel(settings.kernel, settings.blocksize, device)
     if collected is not None and (lacking := [name for name in linears if name not in collected]):
         raise ValueError(
             f"calib: expected statistics of all {len(linears)} layers, as collect gives without `blocks`; "

@@ -79,7 +79,7 @@ class Stopwatch:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._on_gpu = device.type == "cuda"
+        self._device = device
         self._stage = ""
         self._marks: list[tuple[torch.cuda.Event | float, str]] = []  # when a stage began, and which
 
@@ -95,8 +95,8 @@ class Stopwatch:
 
     def seconds(self) -> dict[str, float]:
         """So far, by stage, in the order in which they first came."""
-        if self._on_gpu:
-            torch.cuda.synchronize()
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
         taken: dict[str, float] = defaultdict(float)
         for (start, stage), (stop, _) in pairwise(self._marks):
             if stage:
@@ -104,9 +104,9 @@ class Stopwatch:
         return dict(taken)
 
     def _switch(self, stage: str) -> None:
-        if self._on_gpu:
+        if self._device.type == "cuda":
             event = torch.cuda.Event(enable_timing=True)
-            event.record()
+            event.record(torch.cuda.current_stream(self._device))
             self._marks.append((event, stage))
         else:
             self._marks.append((time.perf_counter(), stage))

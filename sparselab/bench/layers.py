@@ -37,6 +37,9 @@ def bench_layers(
         kernel: see `solvers.sweep`.
         progress: a bar over shapes and patterns; see `sparselab.progress`.
 
+    Raises:
+        ValueError: a pattern prunes everything, which the column loop cannot; or see `solvers.sweep`.
+
     Returns:
         One row for each shape and pattern: medians of the seconds of both and the lowest and highest of sparselab's;
         `ratio` of the medians; `share`, the part of sparselab's median that a product of square float32 matrices
@@ -44,6 +47,9 @@ def bench_layers(
         bytes; `error`, sparselab's layer error over the loop's.
     """
     rows, device = [], torch.device(device)
+    solvers.check_kernel(kernel, 128, device)
+    if any(solvers.parse_sparsity(pattern).fraction == 1 for pattern in patterns):
+        raise ValueError(f"patterns: expected less than everything, which the column loop cannot, received {patterns}")
     with tracked(progress, len(shapes) * len(patterns), "layers", "layer") as advance:
         for shape in shapes:
             weight, hessian = random_layer(*shape, device)

@@ -83,6 +83,7 @@ def two_forwards(model: PreTrainedModel, windows: Int[Tensor, "n seqlen"]) -> No
     with evaluating(model):
         entered = [decoder.embed(batch) for batch in batches(windows, None, decoder.device)]
         hidden, calls = [states for states, _ in entered], [call for _, call in entered]
+        del entered  # would keep the first hidden states to the end
         for index in range(len(decoder.blocks)):
             for _ in range(2):
                 sent_on = [

@@ -1,8 +1,7 @@
 """What the published tools do, step for step, as the measure to be faster than.
 
 Written for timing: the same operations on tensors of the same shapes in the same order as the published SparseGPT, so
-that a ratio says what its users would gain. It shares nothing with the solvers but the check that both give the same
-layer error.
+that a ratio says what its users would gain. It shares nothing with the solvers but how patterns are written.
 """
 
 import torch
@@ -10,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sparselab.models.blocks import Decoder, Linear, evaluating, find_linears, read_weight, write_weight
+from sparselab.models.blocks import Call, Decoder, Linear, evaluating, find_linears, read_weight, write_weight
 from sparselab.solvers import NM, parse_sparsity
 
 
@@ -81,19 +80,31 @@ def published_flow(
     with evaluating(model):
         entered = [decoder.embed(window[None]) for window in windows]
         hidden, calls = [states for states, _ in entered], [call for _, call in entered]
+        del entered
         for index, block in enumerate(decoder.blocks):
-            sums = {name: _RunningMean(linear) for name, linear in find_linears(block).items()}
-            hooks = [
-                linear.register_forward_pre_hook(lambda _, args, mean=sums[name]: mean.add(args[0]))
-                for name, linear in find_linears(block).items()
-            ]
-            for states, call in zip(hidden, calls, strict=True):
-                decoder.run_block(index, states, call[index])
-            for hook in hooks:
-                hook.remove()
+            means = _watched(decoder, index, hidden, calls)
             for name, linear in find_linears(block).items():
-                write_weight(linear, column_loop(read_weight(linear), sums[name].hessian, sparsity, percdamp))
+                write_weight(linear, column_loop(read_weight(linear), means[name].hessian, sparsity, percdamp))
             hidden = [decoder.run_block(index, states, call[index]) for states, call in zip(hidden, calls, strict=True)]
+
+
+def _watched(
+    decoder: Decoder, index: int, hidden: list[Float[Tensor, "1 seqlen hidden"]], calls: list[list[Call]]
+) -> dict[str, "_RunningMean"]:
+    """Run a block on every window; what each of its layers has seen."""
+    linears = find_linears(decoder.blocks[index])
+    means = {name: _RunningMean(linear) for name, linear in linears.items()}
+    hooks = [
+        linear.register_forward_pre_hook(lambda _, args, mean=means[name]: mean.add(args[0]))
+        for name, linear in linears.items()
+    ]
+    try:
+        for states, call in zip(hidden, calls, strict=True):
+            decoder.run_block(index, states, call[index])
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return means
 
 
 class _RunningMean:

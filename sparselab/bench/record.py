@@ -1,7 +1,7 @@
 """What `sparselab bench` has measured, as a table to read and a file to keep."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ class Record:
         layers: see `bench_layers`, or None.
         model: see `bench_model`, or None.
         about: the model's name and the size of its calibration text.
+        day: when, as in 2026-01-31.
     """
 
     command: str
@@ -29,6 +30,7 @@ class Record:
     layers: pd.DataFrame | None = None
     model: pd.DataFrame | None = None
     about: str = ""
+    day: str = field(default_factory=lambda: date.today().isoformat())
 
     def __str__(self) -> str:
         parts = [", ".join(f"{name} {value}" for name, value in self.machine.items())]
@@ -43,23 +45,29 @@ class Record:
 
     @property
     def markdown(self) -> str:
-        """The tables, for a page that shows them."""
-        tables = [] if self.layers is None else [_layer_table(self.layers)]
-        tables += [] if self.model is None else [_model_table(self.model)]
-        return "\n".join(markdown_table(table) for table in tables)
+        """The same as `str`, as Markdown."""
+        parts = [
+            f"{self.day}, `{self.command}`\n",
+            ", ".join(f"{key} {value}" for key, value in self.machine.items()) + "\n",
+        ]
+        if self.layers is not None:
+            parts += [markdown_table(_layer_table(self.layers)), _mean(self.layers) + "\n"]
+        if self.model is not None:
+            parts += [self.about + "\n", markdown_table(_model_table(self.model))]
+        return "\n".join(parts)
 
     @classmethod
     def load(cls, path: str | Path) -> "Record":
         """What `save` has written."""
         content = json.loads(Path(path).read_text(encoding="utf-8"))
         tables = {name: pd.DataFrame(content[name]) for name in ("layers", "model") if name in content}
-        return cls(content["command"], content["machine"], about=content["about"], **tables)
+        return cls(content["command"], content["machine"], about=content["about"], day=content["date"], **tables)
 
     def save(self, path: str | Path) -> None:
-        """Write everything as JSON, seconds and bytes unrounded, with today's date."""
+        """Write everything as JSON, seconds and bytes unrounded, and the tables beside it as Markdown."""
         content = {
             "command": self.command,
-            "date": date.today().isoformat(),
+            "date": self.day,
             "machine": self.machine,
             "about": self.about,
             **{
@@ -69,6 +77,11 @@ class Record:
             },
         }
         Path(path).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        Path(path).with_suffix(".md").write_text(self.markdown, encoding="utf-8")
+
+
+def _mean(rows: pd.DataFrame) -> str:
+    return f"geometric mean of the ratios {mean_ratio(rows):.1f}, lowest {rows.ratio.min():.1f}"
 
 
 def _layer_table(rows: pd.DataFrame) -> pd.DataFrame:

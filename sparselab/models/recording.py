@@ -1,5 +1,6 @@
 """What enters each linear layer of a block, summed as it passes; layers that see one tensor share one sum."""
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -31,8 +32,9 @@ def collect_statistics(
         block: the block that is run.
         block_name: for messages.
         with_hessian: see `InputStatistics`.
-        inputs_only: end each pass by `AllInputsSeen` once every linear layer has seen its input, before the last of
-            them has multiplied it; not where hooks of `accelerate` move weights, which have to run to their end.
+        inputs_only: end each pass but the first by `AllInputsSeen` as soon as every linear layer has been called as
+            often as in the first, before the last call multiplies; not where hooks of `accelerate` move weights, which
+            have to run to their end.
         watch: counts the summing as stage "statistics".
 
     Yields:
@@ -46,7 +48,7 @@ def collect_statistics(
     linears = find_linears(block)
     moved = any(hasattr(module, "_hf_hook") for module in block.modules())
     collector = _Collector(block_name, with_hessian, watch or Stopwatch(torch.device("cpu")))
-    collector.stop_after = set(linears) if inputs_only and not moved else None
+    collector.may_stop = inputs_only and not moved
     hooks = [
         linear.register_forward_pre_hook(partial(collector.see, name), with_kwargs=True)
         for name, linear in linears.items()
@@ -67,17 +69,19 @@ def collect_statistics(
 class _Collector:
     def __init__(self, block_name: str, with_hessian: bool, watch: Stopwatch) -> None:
         self.statistics: dict[str, InputStatistics] = {}
-        self.stop_after: set[str] | None = None
+        self.may_stop = False
         # The inputs of the pass under way with the first layer that saw each, and their version, which counts
         # in-place changes; held until the block is done, so that no other tensor takes their place in memory.
         self.seen: list[tuple[Tensor, int | None, str]] = []
-        self._called: set[str] = set()  # layers in the pass under way
+        self._calls: Counter[str] = Counter()  # of each layer in the pass under way
+        self._whole_pass: Counter[str] | None = None  # and in the first one
         self._block_name, self._with_hessian, self._watch = block_name, with_hessian, watch
         self._leaders: dict[str, str] = {}
 
     def end_pass(self) -> None:
         self.seen.clear()
-        self._called.clear()
+        self._whole_pass = self._whole_pass or self._calls
+        self._calls = Counter()
 
     def see(self, name: str, linear: Linear, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inputs = args[0] if args else next(iter(kwargs.values()))
@@ -91,8 +95,8 @@ class _Collector:
             with self._watch.stage("statistics"):
                 self._update(name, linear, inputs)
         self.statistics[name] = self.statistics[leader]
-        self._called.add(name)
-        if self._called == self.stop_after:
+        self._calls[name] += 1
+        if self.may_stop and self._calls == self._whole_pass:
             self.end_pass()
             raise AllInputsSeen
 

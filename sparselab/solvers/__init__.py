@@ -12,7 +12,7 @@ from sparselab.solvers.hessian import (
 )
 from sparselab.solvers.magnitude import magnitude
 from sparselab.solvers.reconstruction import reconstruct
-from sparselab.solvers.sparsegpt import Kernel, sparsegpt, sweep, sweep_together
+from sparselab.solvers.sparsegpt import Kernel, check_kernel, sparsegpt, sweep, sweep_together
 from sparselab.solvers.sparsity import (
     NM,
     Pattern,
@@ -34,6 +34,7 @@ __all__ = [
     "Step",
     "Unstructured",
     "check_blocksize",
+    "check_kernel",
     "check_percdamp",
     "check_weight",
     "damped",

@@ -196,16 +196,16 @@ def damped(hessian: Float[Tensor, "d d"], percdamp: float) -> Float[Tensor, "d d
         NonFiniteError: the Hessian has NaN or infinite entries, or percdamp is too large for the dtype.
     Source: Frantar & Alistarh 2023, section 3.4 and the published code.
     """
-    check_hessian(hessian)
+    diagonal = _damped_diagonal(hessian, percdamp)
     if not all_finite(hessian):
         raise _damaged()
-    result = hessian.to(working_dtype(hessian), copy=True)
-    result.diagonal().copy_(_damped_diagonal(hessian, percdamp))
+    result = hessian.to(diagonal.dtype, copy=True)
+    result.diagonal().copy_(diagonal)
     return result
 
 
 def _damped_diagonal(hessian: Float[Tensor, "d d"], percdamp: float) -> Float[Tensor, " d"]:
-    """The diagonal of `damped(hessian, percdamp)`, once the arguments have been checked."""
+    """The diagonal of `damped(hessian, percdamp)`, with its errors as far as the diagonal shows them."""
     check_percdamp(percdamp)
     check_hessian(hessian)
     diagonal = hessian.diagonal().to(working_dtype(hessian), copy=True)
@@ -263,7 +263,7 @@ def factorise(hessian: Float[Tensor, "d d"], percdamp: float) -> Factor:
     at full speed where a library's Cholesky does not, and nothing has to be turned about.
 
     Args:
-        hessian: XᵀX summed over calibration tokens.
+        hessian: XᵀX summed over calibration tokens; only its upper half is read.
         percdamp: see `damped`.
 
     Raises:
@@ -280,7 +280,7 @@ def factorise(hessian: Float[Tensor, "d d"], percdamp: float) -> Factor:
         corner = panel[start:]
         corner.diagonal().copy_(diagonal[start:stop] - rest[start:].diagonal())
         lower, info = torch.linalg.cholesky_ex(corner.flip(0, 1))  # reads what was the upper half
-        if info.any() and not all_finite(H):
+        if not lower.diagonal().isfinite().all() or (info.any() and not all_finite(H)):
             raise _damaged()
         _check_definite(info, len(V), percdamp)
         corner.copy_(lower.flip(0, 1))

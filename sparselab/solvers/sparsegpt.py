@@ -5,7 +5,7 @@ same algorithm as the paper writes it, column by column, stands in `textbook.py`
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float, Shaped
@@ -55,6 +55,7 @@ def sparsegpt(
     pattern = parse_sparsity(sparsity)
     check_matrix("weight", weight)  # the sweep sees to its entries
     check_hessian(hessian, weight)
+    check_sweep(weight, pattern, blocksize, keep)
     factor = factorise(hessian.to(working_dtype(weight, hessian)), percdamp)
     return sweep(weight, factor, pattern, blocksize, keep)
 
@@ -111,6 +112,8 @@ def sweep_together(
         ValueError, TypeError, NonFiniteError: see `sparsegpt`.
     """
     pattern = parse_sparsity(sparsity)
+    if len({(weight.dtype, weight.device) for weight in weights}) != 1:
+        raise ValueError(f"weights: expected some of one dtype and device, received {len(weights)} of different ones")
     for number, weight in enumerate(weights):
         check_weight(weight)
         _check_factor(factor, weight)
@@ -169,13 +172,20 @@ def _lowest_of_each(
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
+def check_kernel(kernel: str, blocksize: int, device: torch.device) -> None:
+    """Raise ValueError unless `sweep` can use this kernel there."""
+    _block_sweeper(kernel, blocksize, device)
+
+
 def _block_sweeper(kernel: str, blocksize: int, device: torch.device) -> Callable[..., None]:
+    if kernel not in get_args(Kernel):
+        raise ValueError(f"kernel: expected one of {', '.join(get_args(Kernel))}, received {kernel!r}")
     if kernel == "torch":
         return _sweep_block
-    if kernel != "triton":
-        raise ValueError(f"kernel: expected 'torch' or 'triton', received {kernel!r}")
-    from sparselab.solvers.kernels import block_sweep
-
+    try:
+        from sparselab.solvers.kernels import block_sweep
+    except ImportError as error:
+        raise ValueError(f"kernel 'triton': Triton cannot be imported ({error}); install it, or use 'torch'") from error
     if blocksize > block_sweep.WIDEST or not (device.type == "cuda" or block_sweep.interpreted()):
         raise ValueError(
             f"kernel 'triton': expected blocks of at most {block_sweep.WIDEST} columns on a GPU, "

@@ -9,6 +9,8 @@ from conftest import tiny_llama
 from sparselab.bench import Record, bench_layers, bench_model, machine, mean_ratio
 from sparselab.bench.timing import interleaved, peak_memory
 from sparselab.cli import main
+from sparselab.pruning import prune
+from sparselab.solvers import realised_sparsity
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -35,11 +37,21 @@ def test_layers_and_their_ratios():
     assert mean_ratio(pd.DataFrame({"ratio": [2.0, 8.0]})) == pytest.approx(4)
 
 
-def test_a_model_is_left_as_it_was(tokens):
-    model = tiny_llama()
+def test_a_model_is_left_as_it_was_and_every_run_begins_with_it(tokens, monkeypatch):
+    model, zeros = tiny_llama(), []
+    weight = "model.layers.2.mlp.down_proj.weight"
+
+    def watched(pruned, *arguments, **options):
+        zeros.append(realised_sparsity(pruned.state_dict()[weight]))
+        report = prune(pruned, *arguments, **options)
+        zeros.append(realised_sparsity(pruned.state_dict()[weight]))
+        return report
+
+    monkeypatch.setattr("sparselab.bench.models.prune", watched)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     rows = bench_model(model, tokens, repeats=1, progress=False).set_index("run")
     assert list(rows.index) == ["two forwards", "sparsegpt", "wanda", "magnitude", "published flow"]
+    assert zeros == [0, 0.5] * 3 * 3, "three methods, in two rounds and once for the memory"
     assert rows.over_forwards["two forwards"] == 1
     assert (rows.seconds > 0).all()
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
@@ -55,17 +67,13 @@ def test_a_record_says_everything_and_comes_back(tmp_path):
     assert kept["machine"]["torch"] == torch.__version__
     assert "model" not in kept
     assert "16×16" in str(record)
-    assert Record.load(tmp_path / "record.json").markdown == record.markdown
+    assert Record.load(tmp_path / "record.json").markdown == record.markdown == (tmp_path / "record.md").read_text()
     assert "geometric mean of the ratios" in str(record)
 
 
-def test_the_results_page_shows_the_record():
-    page, record = ((ROOT / "benchmarks" / name) for name in ("RESULTS.md", "speed.json"))
-    text, kept = page.read_text(encoding="utf-8"), Record.load(record)
-    for table in kept.markdown.split("\n\n"):
-        assert table.strip() in text
-    assert kept.command in text
-    assert f"**{mean_ratio(kept.layers):.1f}**" in text
+def test_the_tables_that_are_kept_are_those_of_the_record():
+    folder = ROOT / "benchmarks"
+    assert (folder / "speed.md").read_text(encoding="utf-8") == Record.load(folder / "speed.json").markdown
 
 
 def test_peak_memory_of_a_run():
@@ -77,8 +85,12 @@ def test_the_command(tmp_path, capsys):
     assert main(["bench", "--only", "layers", "--shapes", "16x32", "--repeats", "1", "--json", str(out)]) == 0
     assert "16×32" in capsys.readouterr().out
     assert [row["sparsity"] for row in json.loads(out.read_text())["layers"]] == ["50%", "2:4"]
-    assert main(["bench", "--json", str(tmp_path / "absent" / "record.json")]) == 1
-    assert "--json: expected a file in an existing folder" in capsys.readouterr().err
+    for wrong in (tmp_path, tmp_path / "absent" / "record.json"):
+        assert main(["bench", "--json", str(wrong)]) == 1
+        assert "--json: expected a file in an existing folder" in capsys.readouterr().err
+    assert main(["bench", str(tmp_path / "absent"), "--json", str(out)]) == 1, "before anything is timed"
+    assert main(["bench", "--only", "layers", "--patterns", "100%"]) == 1
+    assert "patterns: expected less than everything" in capsys.readouterr().err
     for wrong in ("16", "0x4", "axb", "16x32x4"):
         with pytest.raises(SystemExit, match="2"):
             main(["bench", "--shapes", wrong])

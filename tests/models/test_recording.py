@@ -1,4 +1,5 @@
 import math
+from contextlib import suppress
 
 import pytest
 import torch
@@ -73,15 +74,29 @@ def test_a_pass_ends_when_all_inputs_are_seen():
             block(x.clone())
     assert len(calls) == 2
     with torch.no_grad(), collect_statistics(block, "b", True, inputs_only=True) as ended:
-        for x in inputs:
-            with pytest.raises(AllInputsSeen):
-                block(x.clone())
-    assert len(calls) == 2, "the last layer has multiplied nothing"
+        block(inputs[0].clone())
+        with pytest.raises(AllInputsSeen):
+            block(inputs[1].clone())
+    assert len(calls) == 3, "in the second pass the last layer has multiplied nothing"
     assert all(torch.equal(ended[name].hessian, whole[name].hessian) for name in "qkod")
     block.o._hf_hook = None  # accelerate moves weights in and out by such hooks, which have to run to the end
     with torch.no_grad(), collect_statistics(block, "b", True, inputs_only=True):
-        block(inputs[0])
-    assert len(calls) == 3
+        block(inputs[0].clone())
+        block(inputs[1].clone())
+    assert len(calls) == 5
+
+
+def test_a_layer_called_twice_in_a_pass_sees_all_of_its_inputs():
+    class Chunked(Block):
+        def forward(self, x):
+            return torch.cat([Block.forward(self, part.clone()) for part in x.split(2, dim=1)], dim=1)
+
+    rows, block = torch.randn(4, 6, 6), Chunked()
+    with torch.no_grad(), collect_statistics(block, "b", True, inputs_only=True) as seen:
+        for x in rows.split(1):
+            with suppress(AllInputsSeen):
+                block(x)
+    assert {name: s.tokens for name, s in seen.items()} == dict.fromkeys("qkod", 24)
 
 
 def test_trouble_names_the_layer():

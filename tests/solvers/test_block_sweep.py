@@ -2,11 +2,15 @@
 
 import pytest
 import torch
+from conftest import tiny_llama
 from layers import SAME_ERROR, layer
 
+from sparselab import prune
 from sparselab.solvers import factorise, relative_error, sweep
 
-triton = pytest.importorskip("triton", reason="Triton is not installed; it comes with torch for CUDA")
+pytest.importorskip("triton", reason="Triton is not installed; it comes with torch for CUDA")
+from sparselab.solvers.kernels import block_sweep
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -31,6 +35,27 @@ def test_triton_gives_what_torch_gives(shape, sparsity, blocksize):
         sweep(W.to(DEVICE), factor, sparsity, blocksize, kernel="triton"),
         sweep(W.to(DEVICE), factor, sparsity, blocksize),
     )
+
+
+@pytest.mark.parametrize("sparsity", ["50%", "2:4"])
+def test_a_whole_block_in_float32(sparsity):
+    W, _, H = layer(40, 128)
+    factor = factorise(H.float().to(DEVICE), 0.01)
+    pruned = {kernel: sweep(W.float().to(DEVICE), factor, sparsity, kernel=kernel) for kernel in ("torch", "triton")}
+    errors = [relative_error(W, weight.cpu().double(), H) for weight in pruned.values()]
+    assert errors[0] == pytest.approx(errors[1], rel=SAME_ERROR)
+    assert ((pruned["torch"] == 0) == (pruned["triton"] == 0)).float().mean() > 0.995
+
+
+def test_a_whole_model(tokens, monkeypatch):
+    swept = []
+    whole = block_sweep.sweep_block
+    monkeypatch.setattr(block_sweep, "sweep_block", lambda *blocks: swept.append(1) or whole(*blocks))
+    reports = [prune(tiny_llama().to(DEVICE), tokens, kernel=kernel, progress=False) for kernel in ("torch", "triton")]
+    assert reports[1].layers.relative_error.tolist() == pytest.approx(
+        reports[0].layers.relative_error.tolist(), rel=1e-3
+    )
+    assert len(swept) == 3 * 4, "three blocks of four distinct inputs"
 
 
 def test_equal_scores_go_earliest_first():
@@ -60,5 +85,5 @@ def test_where_it_cannot_run_it_says_so():
     factor = factorise(H.to(DEVICE), 0.01)
     with pytest.raises(ValueError, match="expected blocks of at most 128 columns on a GPU, received blocksize 256"):
         sweep(W.to(DEVICE), factor, 0.5, 256, kernel="triton")
-    with pytest.raises(ValueError, match="kernel: expected 'torch' or 'triton', received 'cuda'"):
+    with pytest.raises(ValueError, match="kernel: expected one of torch, triton, received 'cuda'"):
         sweep(W.to(DEVICE), factor, 0.5, kernel="cuda")

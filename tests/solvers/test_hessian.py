@@ -181,3 +181,47 @@ def test_layer_error_is_the_squared_error_of_the_outputs():
     assert relative_error(W, P, H) == pytest.approx(float(direct / (X @ W.T).square().sum()))
     assert relative_error(W, W, H) == 0
     assert math.isnan(relative_error(torch.zeros_like(W), W, H))
+
+
+def test_sums_wider_than_a_panel_read_and_added_to_in_any_order():
+    X = torch.randn(40, 300, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    one, other = (InputStatistics(300, dtype=torch.float64) for _ in range(2))
+    one.update(X[:10])
+    torch.testing.assert_close(one.hessian, X[:10].T @ X[:10])  # fills in the lower half
+    one.update(X[10:15])
+    torch.testing.assert_close(one.hessian, X[:15].T @ X[:15])
+    other.update(X[15:])
+    one.merge(other)  # whose lower half is empty
+    torch.testing.assert_close(one.hessian, X.T @ X)
+    torch.testing.assert_close(one.feature_norm, X.norm(dim=0))
+    assert one.tokens == 40
+
+
+def test_inputs_too_large_for_the_sums_change_nothing():
+    seen = InputStatistics(4)
+    seen.update(torch.ones(2, 4))
+    for wrong in (math.nan, math.inf, -math.inf, 1e19):
+        with pytest.raises(NonFiniteError, match="NaN or infinite, or too large"):
+            seen.update(torch.full((4, 4), wrong))
+    assert torch.equal(seen.hessian, torch.full((4, 4), 2.0))
+    assert seen.tokens == 2
+
+
+def test_a_factor_of_several_panels():
+    _, _, H = layer(1, 300)
+    factor = factorise(H, 0.01)
+    torch.testing.assert_close(factor.V @ factor.V.T, damped(H, 0.01))
+    assert torch.equal(factor.V, factor.V.triu())
+    for blocksize in (128, 100, 300):
+        for start, U in zip(range(0, 300, blocksize), factor.inverses(blocksize), strict=True):
+            corner = factor.V[start : start + blocksize, start : start + blocksize]
+            torch.testing.assert_close(U @ corner, torch.eye(len(U), dtype=H.dtype))
+
+
+@pytest.mark.parametrize("place", [(5, 5), (2, 250), (140, 141)])
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+def test_one_broken_entry_of_the_upper_half_is_enough(place, broken):
+    _, _, H = layer(1, 300)
+    H[place] = broken
+    with pytest.raises(NonFiniteError, match="the Hessian has NaN"):
+        factorise(H, 0.01)

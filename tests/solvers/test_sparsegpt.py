@@ -160,6 +160,24 @@ def test_layers_that_share_inputs_share_the_factor():
         torch.testing.assert_close(sweep(rows, factor, Unstructured(0.5)), sparsegpt(rows, H, 0.5))
 
 
+@pytest.mark.parametrize(
+    ("sparsity", "blocksize"), [("50%", 100), ("30%", 128), ("50%", 200), ("50%", 600), ("8:25", 50)]
+)
+def test_panels_and_blocks_of_any_width(sparsity, blocksize):
+    W, _, H = layer(6, 650)
+    expected, _ = sparsegpt_textbook(W, H, sparsity, blocksize=blocksize)
+    torch.testing.assert_close(sparsegpt(W, H, sparsity, blocksize=blocksize), expected, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.usefixtures("untyped")
+def test_layers_swept_together_are_of_one_kind():
+    W, _, H = layer(4, 8)
+    factor = factorise(H, 0.01)
+    for wrong in ([W, W.float()], []):
+        with pytest.raises(ValueError, match="weights: expected some of one dtype and device, received"):
+            sweep_together(wrong, factor, 0.5)
+
+
 def test_layers_are_swept_together_as_they_would_be_alone():
     W, _, H = layer(24, 600)
     factor, parts = factorise(H, 0.01), [W[:5], W[5:6], W[6:]]

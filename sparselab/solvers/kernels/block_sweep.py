@@ -43,18 +43,20 @@ def sweep_block(
     width, rows = W.shape
     choose = choose if remove is None else None
     flags = torch.zeros_like(W, dtype=torch.int8) if remove is None else remove.to(torch.int8)
-    _sweep_block[(triton.cdiv(rows, _TILE),)](
-        W,
-        flags.contiguous(),
-        push.contiguous(),
-        importance.contiguous(),
-        rows,
-        width,
-        GROUP=choose.group if choose else 0,
-        PRUNED=choose.group - choose.kept if choose else 0,
-        WIDTH=triton.next_power_of_2(width),
-        TILE=_TILE,
-    )
+    launch = _sweep_block[(triton.cdiv(rows, _TILE),)]
+    with torch.cuda.device_of(W):  # Triton launches on the current device, wherever its arguments lie
+        launch(
+            W,
+            flags.contiguous(),
+            push.contiguous(),
+            importance.contiguous(),
+            rows,
+            width,
+            GROUP=choose.group if choose else 0,
+            PRUNED=choose.group - choose.kept if choose else 0,
+            WIDTH=triton.next_power_of_2(width),
+            TILE=_TILE,
+        )
 
 
 @triton.jit  # type: ignore[untyped-decorator]
