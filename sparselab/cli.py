@@ -157,16 +157,17 @@ def _bench(options: argparse.Namespace) -> None:
     if options.json and (options.json.is_dir() or not options.json.parent.is_dir()):
         raise ValueError(f"--json: expected a file in an existing folder, received {options.json}")
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    loaded = windows = layers = model = None
-    if options.only != "layers":  # opened first: a wrong name should not be found out after minutes
+    opened = layers = model = None
+    if options.only != "layers":  # before anything is timed: a wrong name should not be found out after minutes
         loaded, tokenizer = load(options.model, str(device), options.dtype)
-        windows = corpora.calibration_tokens(tokenizer, options.dataset, options.nsamples, options.seqlen, options.seed)
+        given = options.dataset, options.nsamples, options.seqlen, options.seed
+        opened = loaded, corpora.calibration_tokens(tokenizer, *given)
     if options.only != "model":
         patterns = [str(pattern) for pattern in options.patterns]
         layers = bench.bench_layers(options.shapes or bench.SHAPES, patterns, options.repeats, device, options.kernel)
     about = ""
-    if loaded is not None:
-        model = bench.bench_model(loaded, windows, repeats=options.repeats, kernel=options.kernel)
+    if opened is not None:
+        model = bench.bench_model(*opened, repeats=options.repeats, kernel=options.kernel)
         about = f"{options.model}, {options.nsamples} × {options.seqlen} tokens, SparseGPT, Wanda and magnitude at 50%"
     record = bench.Record(shlex.join(["sparselab", *options.words]), bench.machine(device), layers, model, about)
     if options.json:
