@@ -38,7 +38,7 @@ def _add_compare(commands: Any, runs: Runs) -> None:
         commands, "compare", runs, "prune one model by every method and print what each cost",
         "sparselab compare tiny --out demo --sparsity 50% 2:4",
     )  # fmt: skip
-    parser.add_argument("model", nargs="?", default="tiny", help="'tiny', a model folder or a hub id (default: tiny)")
+    _add_model(parser, optional=True)
     _add_output(parser, "folder for runs.csv, layers.csv and figures")
     parser.add_argument(
         "--methods",
@@ -66,7 +66,7 @@ def _add_prune(commands: Any, runs: Runs) -> None:
         commands, "prune", runs, "prune a model and save it",
         "sparselab prune tiny --out tiny-24 --method sparsegpt --sparsity 2:4",
     )  # fmt: skip
-    parser.add_argument("model", help="'tiny', a model folder or a hub id")
+    _add_model(parser)
     _add_output(parser, "folder for the pruned model")
     parser.add_argument("--method", type=_method, default="sparsegpt", help="magnitude, wanda or sparsegpt")
     parser.add_argument("--sparsity", type=_sparsity, default="50%", help="0.5, 50%% or 2:4 (default: 50%%)")
@@ -84,7 +84,7 @@ def _add_eval(commands: Any, runs: Runs) -> None:
     parser = _command(
         commands, "eval", runs, "measure a model's perplexity", "sparselab eval tiny --dataset my-texts/ --seqlen 256"
     )
-    parser.add_argument("model", help="'tiny', a model folder or a hub id")
+    _add_model(parser)
     parser.add_argument(
         "--dataset", type=_dataset, default="stdlib", help="'stdlib' (held-out part), a text file or a folder"
     )
@@ -99,7 +99,7 @@ def _add_bench(commands: Any, runs: Runs) -> None:
         commands, "bench", runs, "time solvers and whole runs beside the published column loop",
         "sparselab bench --shapes 2048x2048 --patterns 50% --json record.json",
     )  # fmt: skip
-    parser.add_argument("model", nargs="?", default="tiny", help="'tiny', a model folder or a hub id (default: tiny)")
+    _add_model(parser, optional=True)
     parser.add_argument("--only", choices=("layers", "model"), help="one of the two parts (default: both)")
     parser.add_argument(
         "--shapes", nargs="+", type=_shape, metavar="D_OUTxD_IN", help="of layers (default: six from 768x768 on)"
@@ -138,6 +138,14 @@ def _command(commands: Any, name: str, runs: Runs, what: str, example: str) -> a
     parser.set_defaults(run=runs[name])
     parser.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
     return parser
+
+
+def _add_model(parser: argparse.ArgumentParser, optional: bool = False) -> None:
+    what = "'tiny', a model folder or a hub id"
+    if optional:
+        parser.add_argument("model", nargs="?", default="tiny", help=f"{what} (default: tiny)")
+    else:
+        parser.add_argument("model", help=what)
 
 
 def _add_output(parser: argparse.ArgumentParser, what: str) -> None:

@@ -146,9 +146,9 @@ def _checked_bench(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, config: CompareConfig
 ) -> Workbench:
     """Model and text at hand, once all is known to be well that can be known before the first run."""
-    decoders = [check_model(model, run.settings) for run in config.runs()]
+    decoder = check_model(model, [run.settings for run in config.runs()])
     bench = Workbench(model, tokenizer, name, config)
-    check_tokens(decoders[0], bench.calibration(config.nsamples, config.seed))
+    check_tokens(decoder, bench.calibration(config.nsamples, config.seed))
     return bench
 
 

@@ -1,7 +1,7 @@
 """The block walk: calibrate a block, solve its layers, store the result, send the hidden states on."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -101,7 +101,7 @@ def prune(
     settings = Settings(method, pattern, percdamp, blocksize, view, measure_error and calib is not None, kernel)
     if calib is None and METHODS[method].needs != "nothing":
         raise ValueError(f"calib: {method} needs calibration windows, received None; see calibration_tokens")
-    decoder = check_model(model, settings, collected)
+    decoder = check_model(model, [settings], collected)
     windows = None if calib is None or collected is not None else check_tokens(decoder, calib)
     rows = []
     with (
@@ -122,12 +122,12 @@ def prune(
     return Report(pd.DataFrame(rows), settings, seconds, stages, memory.bytes)
 
 
-def check_model(model: PreTrainedModel, settings: Settings, collected: Collected | None = None) -> Decoder:
+def check_model(model: PreTrainedModel, runs: Sequence[Settings], collected: Collected | None = None) -> Decoder:
     """The model taken apart, once everything that can be known to fail in pruning it has been looked at.
 
     Args:
         model: the model; not changed.
-        settings: what would be done to it.
+        runs: what would be done to it, each time from the weights that it has now, which are read once.
         collected: statistics that would be used, if they are at hand.
 
     Raises:
@@ -135,7 +135,7 @@ def check_model(model: PreTrainedModel, settings: Settings, collected: Collected
     """
     decoder = Decoder(model)
     decoder.check_prunable()
-    _check_layers(decoder, settings, collected)
+    _check_layers(decoder, runs, collected)
     _check_other_parameters(decoder)
     return decoder
 
@@ -213,11 +213,12 @@ def _collects(settings: Settings) -> str:
     return "hessian" if settings.measure_error else METHODS[settings.method].needs
 
 
-def _check_layers(decoder: Decoder, settings: Settings, collected: Collected | None) -> None:
+def _check_layers(decoder: Decoder, runs: Sequence[Settings], collected: Collected | None) -> None:
     """Everything that can be known to fail before the first block is touched."""
     linears = decoder.linears()
-    if settings.method == "sparsegpt":
-        for device in {linear.weight.device for linear in linears.values()}:
+    sweeps = [settings for settings in runs if settings.method == "sparsegpt"]
+    for device in {linear.weight.device for linear in linears.values()}:
+        for settings in sweeps:
             solvers.check_kernel(settings.kernel, settings.blocksize, device)
     if collected is not None and (lacking := [name for name in linears if name not in collected]):
         raise ValueError(
@@ -228,8 +229,9 @@ def _check_layers(decoder: Decoder, settings: Settings, collected: Collected | N
         try:
             weight = read_weight(linear)
             solvers.check_weight(weight)
-            whole = settings.blocksize if settings.method == "sparsegpt" else weight.shape[1]
-            settings.pattern.check(weight.shape[1], whole)
+            for settings in runs:
+                whole = settings.blocksize if settings in sweeps else weight.shape[1]
+                settings.pattern.check(weight.shape[1], whole)
         except (SparselabError, ValueError) as error:
             raise type(error)(f"{name}: {error}") from error
 

@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 
 from sparselab.bench.published import published_flow
 from sparselab.bench.timing import interleaved, peak_memory
+from sparselab.calibration import enter
 from sparselab.models.blocks import Decoder, evaluating
-from sparselab.models.inputs import batches
 from sparselab.progress import Progress, tracked
 from sparselab.pruning import prune
 from sparselab.solvers import Kernel
@@ -81,15 +81,12 @@ def two_forwards(model: PreTrainedModel, windows: Int[Tensor, "n seqlen"]) -> No
     """Every block run twice on every window, in the batches of `prune`, and nothing else."""
     decoder = Decoder(model)
     with evaluating(model):
-        entered = [decoder.embed(batch) for batch in batches(windows, None, decoder.device)]
-        hidden, calls = [states for states, _ in entered], [call for _, call in entered]
-        del entered  # would keep the first hidden states to the end
+        streams = enter(decoder, windows, None)
         for index in range(len(decoder.blocks)):
             for _ in range(2):
-                sent_on = [
-                    decoder.run_block(index, states, call[index]) for states, call in zip(hidden, calls, strict=True)
-                ]
-            hidden = sent_on
+                sent_on = [decoder.run_block(index, stream.hidden, stream.calls[index]) for stream in streams]
+            for stream, hidden in zip(streams, sent_on, strict=True):
+                stream.hidden = hidden
 
 
 def _prune(

@@ -1,6 +1,7 @@
 """What `sparselab bench` has measured, as a table to read and a file to keep."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
@@ -33,28 +34,20 @@ class Record:
     day: str = field(default_factory=lambda: date.today().isoformat())
 
     def __str__(self) -> str:
-        parts = [", ".join(f"{name} {value}" for name, value in self.machine.items())]
-        if self.layers is not None:
-            parts += [_layer_table(self.layers).to_string(index=False)]
-            parts += [
-                f"geometric mean of the ratios {mean_ratio(self.layers):.1f}, lowest {self.layers.ratio.min():.1f}"
-            ]
-        if self.model is not None:
-            parts += [self.about, _model_table(self.model).to_string(index=False)]
-        return "\n\n".join(parts)
+        return self._written(lambda table: table.to_string(index=False))
 
     @property
     def markdown(self) -> str:
-        """The same as `str`, as Markdown."""
-        parts = [
-            f"{self.day}, `{self.command}`\n",
-            ", ".join(f"{key} {value}" for key, value in self.machine.items()) + "\n",
-        ]
+        """The same as `str`, as Markdown, below the day and the command."""
+        return f"{self.day}, `{self.command}`\n\n{self._written(markdown_table)}\n"
+
+    def _written(self, write: Callable[[pd.DataFrame], str]) -> str:
+        parts = [", ".join(f"{name} {value}" for name, value in self.machine.items())]
         if self.layers is not None:
-            parts += [markdown_table(_layer_table(self.layers)), _mean(self.layers) + "\n"]
+            parts += [write(_layer_table(self.layers)), _mean(self.layers)]
         if self.model is not None:
-            parts += [self.about + "\n", markdown_table(_model_table(self.model))]
-        return "\n".join(parts)
+            parts += [self.about, write(_model_table(self.model))]
+        return "\n\n".join(part.removesuffix("\n") for part in parts)
 
     @classmethod
     def load(cls, path: str | Path) -> "Record":

@@ -125,6 +125,7 @@ def sweep_together(
     V, inverses = factor.V, factor.inverses(blocksize)
     importance = torch.where(factor.dead, 0, V.diagonal())
     sweep_block = _block_sweeper(kernel, blocksize, V.device)
+    choose = pattern if masks is None and isinstance(pattern, NM) else None
     pruned = torch.empty_like(stacked, memory_format=torch.contiguous_format)
     delta = torch.empty(stacked.shape, dtype=V.dtype, device=V.device)  # Δ = W − Ŵ of the columns done
     width = max(blocksize, _COLUMNS_A_PANEL // blocksize * blocksize)
@@ -143,7 +144,7 @@ def sweep_together(
             W.addmm_((V[first : block.start, block] @ U).T, delta[:, first : block.start].T)
             remove = _lowest_of_each(W, importance[block], rows, pattern) if masks is None else ~masks[:, block].T
             push = (U / -U.diagonal()[:, None]).triu_(1)
-            sweep_block(W, push, importance[block], remove, pattern if isinstance(pattern, NM) else None)
+            sweep_block(W, push, importance[block], remove, choose)
             rounded = W.to(stacked.dtype)  # and Δ is taken after it, so that later columns make good for it too
             pruned[:, block] = _transposed(rounded)
             delta[:, block] = _transposed(dense[here] - rounded)
@@ -201,12 +202,11 @@ def _sweep_block(
     remove: Bool[Tensor, "width rows"] | None,
     choose: NM | None,
 ) -> None:
-    """From one block's compensated weights to its pruned ones, in place; without `remove`, N:M groups choose in turn.
+    """From one block's compensated weights to its pruned ones, in place: those of `remove`, or what `choose` asks for.
 
     A removed w_q puts −w_q U_{q,>q} / U_qq on the columns after it (equation 3 of the paper, by the factor's rows):
     row q of `push`.
     """
-    choose = choose if remove is None else None
     push = _transposed(push)
     removed = torch.zeros_like(W)
     flags = torch.empty_like(W) if remove is None else remove.to(W.dtype)

@@ -35,13 +35,12 @@ def sweep_block(
         W: one column of the weight a row, contiguous; at most `WIDEST` of them.
         push: strictly upper; row q is what a removed w_q, taken once, adds to the columns after it.
         importance: 1/U_qq of each column, 0 for dead ones; read for N:M only.
-        remove: what goes, or None: then N:M groups choose in turn.
-        choose: the pattern; not looked at where `remove` is given.
+        remove: what goes; or None, where `choose` is given.
+        choose: the pattern by which N:M groups choose in turn; or None.
 
     Source: Frantar & Alistarh 2023, algorithm 1, lines 5 to 12.
     """
     width, rows = W.shape
-    choose = choose if remove is None else None
     flags = torch.zeros_like(W, dtype=torch.int8) if remove is None else remove.to(torch.int8)
     launch = _sweep_block[(triton.cdiv(rows, _TILE),)]
     with torch.cuda.device_of(W):  # Triton launches on the current device, wherever its arguments lie
