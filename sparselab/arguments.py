@@ -164,7 +164,10 @@ def _add_solver(parser: argparse.ArgumentParser) -> None:
 
 def _add_kernel(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--kernel", choices=("torch", "triton"), default="torch", help="of SparseGPT's sweep (default: torch)"
+        "--kernel",
+        choices=("auto", "numba", "torch", "triton"),
+        default="auto",
+        help="of SparseGPT's sweep (default: numba on the CPU, torch elsewhere)",
     )
 
 

@@ -31,7 +31,7 @@ class Settings:
     blocksize: int = 128
     propagate: Literal["pruned", "dense"] = "pruned"
     measure_error: bool = True
-    kernel: solvers.Kernel = "torch"
+    kernel: solvers.Kernel = "auto"
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:

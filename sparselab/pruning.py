@@ -64,7 +64,7 @@ def prune(
     *,
     propagate: Literal["pruned", "dense"] = "pruned",
     measure_error: bool = True,
-    kernel: solvers.Kernel = "torch",
+    kernel: solvers.Kernel = "auto",
     batch_size: int | None = None,
     progress: Progress = True,
 ) -> Report:
@@ -219,7 +219,7 @@ def _check_layers(decoder: Decoder, runs: Sequence[Settings], collected: Collect
     sweeps = [settings for settings in runs if settings.method == "sparsegpt"]
     for device in {linear.weight.device for linear in linears.values()}:
         for settings in sweeps:
-            solvers.check_kernel(settings.kernel, settings.blocksize, device)
+            solvers.block_sweeper(settings.kernel, settings.blocksize, device)
     if collected is not None and (lacking := [name for name in linears if name not in collected]):
         raise ValueError(
             f"calib: expected statistics of all {len(linears)} layers, as collect gives without `blocks`; "

@@ -397,7 +397,7 @@ def test_gpu_gives_the_cpus_errors(tokens, dtype):
 
 @pytest.mark.usefixtures("untyped")
 def test_kernels_have_names(llama, tokens):
-    with pytest.raises(ValueError, match="kernel: expected one of torch, triton, received 'cuda'"):
+    with pytest.raises(ValueError, match="kernel: expected one of auto, numba, torch, triton, received 'cuda'"):
         prune(llama, tokens, kernel="cuda", **QUIET)
 
 

@@ -24,7 +24,7 @@ def bench_layers(
     patterns: Sequence[str] = ("50%", "2:4"),
     repeats: int = 5,
     device: torch.device | str = "cpu",
-    kernel: solvers.Kernel = "torch",
+    kernel: solvers.Kernel = "auto",
     progress: Progress = True,
 ) -> pd.DataFrame:
     """Time SparseGPT's solve (factor and sweep) and the column loop in turns on random layers with correlated inputs.
@@ -47,7 +47,7 @@ def bench_layers(
         bytes; `error`, sparselab's layer error over the loop's.
     """
     rows, device = [], torch.device(device)
-    solvers.check_kernel(kernel, 128, device)
+    solvers.block_sweeper(kernel, 128, device)
     if any(solvers.parse_sparsity(pattern).fraction == 1 for pattern in patterns):
         raise ValueError(f"patterns: expected less than everything, which the column loop cannot, received {patterns}")
     with tracked(progress, len(shapes) * len(patterns), "layers", "layer") as advance:

@@ -28,7 +28,7 @@ def bench_model(
     sparsity: str = "50%",
     repeats: int = 5,
     published: bool = True,
-    kernel: Kernel = "torch",
+    kernel: Kernel = "auto",
     progress: Progress = True,
 ) -> pd.DataFrame:
     """Time whole runs in turns, calibration included, each on a copy of the model.

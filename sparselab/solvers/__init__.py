@@ -10,9 +10,10 @@ from sparselab.solvers.hessian import (
     layer_error,
     relative_error,
 )
+from sparselab.solvers.kernels import Kernel, block_sweeper
 from sparselab.solvers.magnitude import magnitude
 from sparselab.solvers.reconstruction import reconstruct
-from sparselab.solvers.sparsegpt import Kernel, check_kernel, sparsegpt, sweep, sweep_together
+from sparselab.solvers.sparsegpt import sparsegpt, sweep, sweep_together
 from sparselab.solvers.sparsity import (
     NM,
     Pattern,
@@ -34,7 +35,7 @@ __all__ = [
     "Step",
     "Unstructured",
     "check_blocksize",
-    "check_kernel",
+    "block_sweeper",
     "check_percdamp",
     "check_weight",
     "damped",

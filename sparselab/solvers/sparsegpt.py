@@ -4,8 +4,8 @@ This is the production path: one Cholesky factor, no inverse of the Hessian, one
 same algorithm as the paper writes it, column by column, stands in `textbook.py`.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, get_args
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Shaped
@@ -13,14 +13,11 @@ from torch import Tensor
 
 from sparselab.solvers.checks import check_hessian, check_matrix, check_weight, fitted
 from sparselab.solvers.hessian import Factor, factorise, full_precision, working_dtype
-from sparselab.solvers.sparsity import NM, Pattern, check_sweep, lowest, mark_lowest, parse_sparsity
+from sparselab.solvers.kernels import Kernel, block_sweeper
+from sparselab.solvers.sparsity import NM, Pattern, check_sweep, lowest, parse_sparsity
 
-# Columns whose mutual influence is applied one by one; between such groups it is one matrix product.
-_COLUMNS_AT_ONCE = 16
 # Columns that what all columns before them owe reaches in one matrix product, which is slower on fewer.
 _COLUMNS_A_PANEL = 512
-
-Kernel = Literal["torch", "triton"]
 
 
 def sparsegpt(
@@ -66,7 +63,7 @@ def sweep(
     sparsity: float | str | Pattern,
     blocksize: int = 128,
     keep: Bool[Tensor, "d_out d_in"] | None = None,
-    kernel: Kernel = "torch",
+    kernel: Kernel = "auto",
 ) -> Float[Tensor, "d_out d_in"]:
     """The column sweep of SparseGPT on a factored Hessian.
 
@@ -77,7 +74,7 @@ def sweep(
     Args:
         weight, sparsity, blocksize, keep: see `sparsegpt`.
         factor: from `factorise`, of a Hessian of this weight's inputs.
-        kernel: "torch", or "triton" for a GPU kernel that sweeps a block of up to 128 columns in one launch.
+        kernel: what sweeps a block; see `kernels.block_sweeper`.
 
     Raises:
         ValueError, TypeError, NonFiniteError: see `sparsegpt`.
@@ -93,7 +90,7 @@ def sweep_together(
     sparsity: float | str | Pattern,
     blocksize: int = 128,
     keep: Sequence[Bool[Tensor, "_ d_in"]] | None = None,
-    kernel: Kernel = "torch",
+    kernel: Kernel = "auto",
 ) -> Iterator[Float[Tensor, "_ d_in"]]:
     """`sweep` for layers that see the same inputs (q, k and v; gate and up), all of one dtype, in one go.
 
@@ -124,36 +121,45 @@ def sweep_together(
     factor = factor.to(working_dtype(stacked, factor.V))
     V, inverses = factor.V, factor.inverses(blocksize)
     importance = torch.where(factor.dead, 0, V.diagonal())
-    sweep_block = _block_sweeper(kernel, blocksize, V.device)
+    sweep_block = block_sweeper(kernel, blocksize, V.device)
     choose = pattern if masks is None and isinstance(pattern, NM) else None
     pruned = torch.empty_like(stacked, memory_format=torch.contiguous_format)
-    delta = torch.empty(stacked.shape, dtype=V.dtype, device=V.device)  # Δ = W − Ŵ of the columns done
-    width = max(blocksize, _COLUMNS_A_PANEL // blocksize * blocksize)
+    # From here on a column of W is a row. The work arrays serve all panels: new ones would be fetched from the system.
+    delta = V.new_empty(len(V), len(stacked))  # Δ = W − Ŵ of the columns done
+    width = min(max(blocksize, _COLUMNS_A_PANEL // blocksize * blocksize), len(V))
+    work = V.new_empty(2, width, len(stacked))
     for first in range(0, len(V), width):
         panel = slice(first, min(first + width, len(V)))
         blocks = [
             (slice(start, min(start + blocksize, panel.stop)), inverses[start // blocksize])
             for start in range(first, panel.stop, blocksize)
         ]
+        dense, compensated = work[:, : panel.stop - first]
+        _transpose(stacked[:, panel], dense, compensated)
         arriving = torch.cat([V[:first, block] @ U for block, U in blocks], dim=1)
-        dense = _transposed(stacked[:, panel].contiguous()).to(V.dtype)  # columns of W, each contiguous from here on
-        compensated = torch.addmm(dense, arriving.T, delta[:, :first].T)
+        torch.addmm(dense, arriving.T, delta[:first], out=compensated)
         for block, U in blocks:
             here = slice(block.start - first, block.stop - first)
             W = compensated[here]
-            W.addmm_((V[first : block.start, block] @ U).T, delta[:, first : block.start].T)
+            W.addmm_((V[first : block.start, block] @ U).T, delta[first : block.start])
             remove = _lowest_of_each(W, importance[block], rows, pattern) if masks is None else ~masks[:, block].T
             push = (U / -U.diagonal()[:, None]).triu_(1)
             sweep_block(W, push, importance[block], remove, choose)
-            rounded = W.to(stacked.dtype)  # and Δ is taken after it, so that later columns make good for it too
-            pruned[:, block] = _transposed(rounded)
-            delta[:, block] = _transposed(dense[here] - rounded)
+            W.copy_(W.to(stacked.dtype))  # Δ is taken of the rounded ones, so that later columns make good for it too
+            torch.sub(dense[here], W, out=delta[block])
+        _transpose(compensated, pruned[:, panel], dense)
     return (fitted(part, stacked.dtype) for part in pruned.split(rows))
 
 
-def _transposed(matrix: Shaped[Tensor, "a b"]) -> Shaped[Tensor, "b a"]:
-    """A transposed copy; of a contiguous matrix, which takes a fraction of the time of any other."""
-    return matrix.T.contiguous()
+def _transpose(source: Shaped[Tensor, "a b"], target: Shaped[Tensor, "b a"], scratch: Shaped[Tensor, "_ _"]) -> None:
+    """Copy across, by way of work space: a copy from one contiguous matrix to another takes half the time of any other.
+
+    Of source and target one is contiguous.
+    """
+    if source.is_contiguous():
+        target.copy_(scratch.view(target.shape).copy_(source.T))
+    else:
+        target.copy_(scratch.view(source.shape).copy_(source).T)
 
 
 def _lowest_of_each(
@@ -171,61 +177,6 @@ def _lowest_of_each(
         for part in scores.split(list(rows), dim=1)
     ]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-
-
-def check_kernel(kernel: str, blocksize: int, device: torch.device) -> None:
-    """Raise ValueError unless `sweep` can use this kernel there."""
-    _block_sweeper(kernel, blocksize, device)
-
-
-def _block_sweeper(kernel: str, blocksize: int, device: torch.device) -> Callable[..., None]:
-    if kernel not in get_args(Kernel):
-        raise ValueError(f"kernel: expected one of {', '.join(get_args(Kernel))}, received {kernel!r}")
-    if kernel == "torch":
-        return _sweep_block
-    try:
-        from sparselab.solvers.kernels import block_sweep
-    except ImportError as error:
-        raise ValueError(f"kernel 'triton': Triton cannot be imported ({error}); install it, or use 'torch'") from error
-    if blocksize > block_sweep.WIDEST or not (device.type == "cuda" or block_sweep.interpreted()):
-        raise ValueError(
-            f"kernel 'triton': expected blocks of at most {block_sweep.WIDEST} columns on a GPU, "
-            f"received blocksize {blocksize} on {device}; use kernel 'torch'"
-        )
-    return block_sweep.sweep_block
-
-
-def _sweep_block(
-    W: Float[Tensor, "width rows"],
-    push: Float[Tensor, "width width"],
-    importance: Float[Tensor, " width"],
-    remove: Bool[Tensor, "width rows"] | None,
-    choose: NM | None,
-) -> None:
-    """From one block's compensated weights to its pruned ones, in place: those of `remove`, or what `choose` asks for.
-
-    A removed w_q puts −w_q U_{q,>q} / U_qq on the columns after it (equation 3 of the paper, by the factor's rows):
-    row q of `push`.
-    """
-    push = _transposed(push)
-    removed = torch.zeros_like(W)
-    flags = torch.empty_like(W) if remove is None else remove.to(W.dtype)
-    columns = list(zip(W, flags, removed, strict=True))
-    step = max(choose.group, _COLUMNS_AT_ONCE // choose.group * choose.group) if choose else _COLUMNS_AT_ONCE
-    for first in range(0, len(W), step):
-        last = min(first + step, len(W))
-        W[first:last].addmm_(push[first:last, :first], removed[:first])
-        group = choose.group if choose else last - first
-        for start in range(first, last, group):
-            few = slice(start, start + group)
-            if choose:
-                W[few].addmm_(push[few, first:start], removed[first:start])
-                mark_lowest(W[few].abs().mul_(importance[few, None]), group - choose.kept, flags[few])
-            before = removed[few].T  # of the columns still to come it holds zeros
-            for (w, flag, out), pushed in zip(columns[few], push[few, few], strict=True):
-                w.addmv_(before, pushed)
-                torch.mul(w, flag, out=out)
-    W.sub_(removed)
 
 
 def _check_factor(factor: Any, weight: Float[Tensor, "d_out d_in"]) -> None:

@@ -164,13 +164,12 @@ def lowest(scores: Float[Tensor, "*groups size"], count: int) -> Bool[Tensor, "*
     return below | (tied & (tied.cumsum(dim=-1) <= places_left))
 
 
-def mark_lowest(scores: Float[Tensor, "size groups"], count: int, marks: Float[Tensor, "size groups"]) -> None:
-    """`lowest` of each column, written into `marks` as ones and zeros; N:M asks for it once in every M columns."""
-    if 0 < count < len(scores) <= _FEW:
-        torch.le(scores, _kth_of_few(list(scores), count), out=marks)
-        if int(marks.count_nonzero()) == count * scores.shape[1]:
-            return
-    marks.copy_(lowest(scores.T, count).T)
+def lowest_of_few(scores: Float[Tensor, "size groups"], count: int) -> Bool[Tensor, "size groups"]:
+    """`lowest` of each column, by comparing every entry with every other: nothing for a GPU to wait for."""
+    place = torch.arange(len(scores), device=scores.device)
+    earlier = (place[:, None] < place)[:, :, None]
+    first = (scores[:, None] < scores) | ((scores[:, None] == scores) & earlier)  # [which, than which, groups]
+    return first.sum(dim=0) < count
 
 
 def check_sweep(

@@ -29,17 +29,7 @@ def sweep_block(
     remove: Bool[Tensor, "width rows"] | None,
     choose: NM | None,
 ) -> None:
-    """Compensated weights of one block to pruned ones, in place.
-
-    Args:
-        W: one column of the weight a row, contiguous; at most `WIDEST` of them.
-        push: strictly upper; row q is what a removed w_q, taken once, adds to the columns after it.
-        importance: 1/U_qq of each column, 0 for dead ones; read for N:M only.
-        remove: what goes; or None, where `choose` is given.
-        choose: the pattern by which N:M groups choose in turn; or None.
-
-    Source: Frantar & Alistarh 2023, algorithm 1, lines 5 to 12.
-    """
+    """Compensated weights of one block of at most `WIDEST` columns to pruned ones, in place; see `block_sweeper`."""
     width, rows = W.shape
     flags = torch.zeros_like(W, dtype=torch.int8) if remove is None else remove.to(torch.int8)
     launch = _sweep_block[(triton.cdiv(rows, _TILE),)]
