@@ -52,6 +52,9 @@ bench: $(VENV)/base ## measure anew what benchmarks/ records
 	$(BIN)/sparselab bench --json benchmarks/speed.json
 	$(BIN)/sparselab compare tiny --out benchmarks/compare --overwrite
 	$(BIN)/python benchmarks/layer_lab.py
+	$(BIN)/python benchmarks/streaming.py
+	$(BIN)/python benchmarks/ranks.py
+	$(BIN)/python benchmarks/kills.py --kills 25
 
 clean: ## remove what make and the tests have made
 	rm -rf $(VENV) $(DEMO_OUT) .pytest_cache .mypy_cache .ruff_cache .hypothesis dist

@@ -12,9 +12,10 @@ if TYPE_CHECKING:
     from sparselab.comparison import compare
     from sparselab.corpora import calibration_tokens, evaluation_tokens
     from sparselab.evaluation import Perplexity, bits_per_byte, perplexity
-    from sparselab.models import load
+    from sparselab.models import load, stream
     from sparselab.pruners import Magnitude, SparseGPT, Wanda
     from sparselab.pruning import Report, prune
+    from sparselab.streaming import prune_checkpoint
     from sparselab.training import train
 
 __version__ = "0.1.0"
@@ -33,6 +34,8 @@ _HOME = {
     "load": "models",
     "perplexity": "evaluation",
     "prune": "pruning",
+    "prune_checkpoint": "streaming",
+    "stream": "models",
     "train": "training",
 }
 
@@ -50,7 +53,9 @@ __all__ = [
     "load",
     "perplexity",
     "prune",
+    "prune_checkpoint",
     "solvers",
+    "stream",
     "train",
 ]
 

@@ -68,6 +68,9 @@ def _add_prune(commands: Any, runs: Runs) -> None:
     )  # fmt: skip
     _add_model(parser)
     _add_output(parser, "folder for the pruned model")
+    parser.add_argument("--resume", action="store_true", help="go on where an interrupted run stopped, if one was")
+    _add_spill(parser)
+    parser.add_argument("--force", action="store_true", help="begin even if memory or disk do not seem to suffice")
     parser.add_argument("--method", type=_method, default="sparsegpt", help="magnitude, wanda or sparsegpt")
     parser.add_argument("--sparsity", type=_sparsity, default="50%", help="0.5, 50%% or 2:4 (default: 50%%)")
     _add_kernel(parser)
@@ -90,6 +93,7 @@ def _add_eval(commands: Any, runs: Runs) -> None:
     )
     parser.add_argument("--nsamples", type=_at_least(1), default=None, help="windows (default: all there are)")
     parser.add_argument("--seqlen", type=_at_least(2), default=256, help="tokens a window (default: 256)")
+    _add_spill(parser)
     _add_batch_size(parser)
     _add_machine(parser)
 
@@ -178,6 +182,10 @@ def _add_calibration(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--nsamples", type=_at_least(1), default=128, help="calibration windows (default: 128)")
     parser.add_argument("--seqlen", type=_at_least(1), default=256, help="tokens a window (default: 256)")
     parser.add_argument("--seed", type=_at_least(0), default=0, help="of the calibration draw (default: 0)")
+
+
+def _add_spill(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--spill", action="store_true", help="keep hidden states on disk, not in memory")
 
 
 def _add_batch_size(parser: argparse.ArgumentParser) -> None:

@@ -2,17 +2,19 @@
 
 from collections.abc import Collection, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 from jaxtyping import Float, Int
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from sparselab.models.blocks import Call, Decoder, evaluating
 from sparselab.models.inputs import batches, check_tokens
 from sparselab.models.recording import AllInputsSeen, collect_statistics, shared_tensors
+from sparselab.models.streamed import StreamedModel
 from sparselab.progress import Progress, tracked
 from sparselab.resources import Stopwatch
 from sparselab.solvers import InputStatistics
@@ -22,7 +24,7 @@ Collected = dict[str, InputStatistics]
 
 
 def collect(
-    model: PreTrainedModel,
+    model: PreTrainedModel | StreamedModel,
     calib: Any,
     batch_size: int | None = None,
     progress: Progress = True,
@@ -47,16 +49,18 @@ def collect(
     wanted = set(range(len(decoder.blocks)) if blocks is None else blocks)
     if unknown := wanted - set(range(len(decoder.blocks))):
         raise ValueError(f"blocks: expected indices from 0 to {len(decoder.blocks) - 1}, received {sorted(unknown)}")
-    collected = {}
-    with evaluating(model), tracked(progress, len(wanted), "statistics", "block") as advance:
+    collected: Collected = {}
+    with evaluating(decoder.model), tracked(progress, len(wanted), "statistics", "block") as advance:
         streams = enter(decoder, windows, batch_size)
         for index in range(max(wanted, default=-1) + 1):
-            outputs: list[Tensor] | None = [] if index < max(wanted) else None
-            if index in wanted:
-                statistics = observe(decoder, index, streams, True, outputs)
-                collected.update({f"{decoder.blocks_name}.{index}.{name}": seen for name, seen in statistics.items()})
-                advance(1)
-            advance_streams(decoder, index, streams, outputs)
+            goes_on, is_wanted = index < max(wanted), index in wanted
+            with decoder.block(index):
+                if is_wanted:
+                    statistics = observe(decoder, index, streams, True, goes_on)
+                    collected |= {f"{decoder.block_prefix(index)}{name}": seen for name, seen in statistics.items()}
+                    advance(1)
+                if goes_on:
+                    advance_streams(decoder, index, streams, is_wanted)
     return collected
 
 
@@ -103,22 +107,64 @@ def _added(before: Collected, part: Collected) -> Collected:
     return part
 
 
-@dataclass
 class Stream:
-    """One batch on its way through the model: the hidden states it has come to, and how to call each block."""
+    """One batch on its way through the model: the hidden states it has come to, and how to call each block.
 
-    hidden: Float[Tensor, "batch seq hidden"]
-    calls: list[Call]
+    Args:
+        hidden: the states [batch, seq, hidden].
+        calls: one for each block.
+        file: where to keep the states meanwhile; None keeps them in memory.
+    """
+
+    def __init__(self, hidden: Float[Tensor, "batch seq hidden"], calls: list[Call], file: Path | None = None) -> None:
+        self.calls, self._file, self._device = calls, file, hidden.device
+        self.hidden = hidden
+
+    @property
+    def hidden(self) -> Float[Tensor, "batch seq hidden"]:
+        """The states at the block that comes next."""
+        if self._file is None:
+            return self._hidden
+        return load_file(self._file, device=str(self._device))["hidden"]
+
+    @hidden.setter
+    def hidden(self, states: Float[Tensor, "batch seq hidden"]) -> None:
+        self.foresee(states)
+        self.move_on()
+
+    def foresee(self, states: Float[Tensor, "batch seq hidden"]) -> None:
+        """Keep the states at the block after the next one, which still has to look at the present ones."""
+        if self._file is None:
+            self._foreseen = states
+        else:
+            save_file({"hidden": states.contiguous()}, self._file.with_suffix(".next"))
+
+    def move_on(self) -> None:
+        """Come to the states that were foreseen."""
+        if self._file is None:
+            self._hidden = self._foreseen
+            del self._foreseen
+        else:
+            self._file.with_suffix(".next").replace(self._file)
 
 
-def enter(decoder: Decoder, windows: Int[Tensor, "n seqlen"], batch_size: int | None) -> list[Stream]:
-    """Everything before block 0, on all windows, in batches."""
+def enter(
+    decoder: Decoder, windows: Int[Tensor, "n seqlen"], batch_size: int | None, spill: Path | None = None
+) -> list[Stream]:
+    """Everything before block 0, on all windows, in batches.
+
+    Args:
+        decoder, windows: the model, and what enters it.
+        batch_size: windows at a time; None chooses by the device.
+        spill: an empty folder for the hidden states; None keeps them in memory.
+    """
     streams: list[Stream] = []
-    for batch in batches(windows, batch_size, decoder.device):
-        hidden, calls = decoder.embed(batch)
-        # Masks and rotary tables are the same for most batches; keep them once.
-        calls = shared_tensors(calls, streams[-1].calls) if streams else calls
-        streams.append(Stream(hidden, calls))
+    with decoder.outside(head=False), decoder.block(0):
+        for batch in batches(windows, batch_size, decoder.device):
+            hidden, calls = decoder.embed(batch)
+            # Masks and rotary tables are the same for most batches; keep them once.
+            calls = shared_tensors(calls, streams[-1].calls) if streams else calls
+            streams.append(Stream(hidden, calls, spill and spill / f"{len(streams)}.safetensors"))
     return streams
 
 
@@ -127,7 +173,7 @@ def observe(
     index: int,
     streams: list[Stream],
     with_hessian: bool,
-    outputs: list[Tensor] | None,
+    foresee: bool,
     watch: Stopwatch | None = None,
 ) -> Collected:
     """Run a block on all batches and sum up what enters its layers, by their names in the block.
@@ -135,22 +181,23 @@ def observe(
     Args:
         decoder, index, streams: which block, and what enters it.
         with_hessian: see `InputStatistics`.
-        outputs: what the block sends on is added to this list; None if nobody asks, which saves its last product.
+        foresee: keep what the block sends on, for `advance_streams`; without, its last product is saved.
         watch: see `collect_statistics`.
     """
-    name = f"{decoder.blocks_name}.{index}"
-    with collect_statistics(decoder.blocks[index], name, with_hessian, outputs is None, watch) as statistics:
+    name = decoder.block_prefix(index).removesuffix(".")
+    with collect_statistics(decoder.blocks[index], name, with_hessian, not foresee, watch) as statistics:
         for stream in streams:
             with suppress(AllInputsSeen):
                 output = decoder.run_block(index, stream.hidden, stream.calls[index])
-                if outputs is not None:
-                    outputs.append(output)
+                if foresee:
+                    stream.foresee(output)
     return statistics
 
 
-def advance_streams(decoder: Decoder, index: int, streams: list[Stream], outputs: list[Tensor] | None) -> None:
-    """Move every stream on to the next block: by outputs already at hand, or by running the block as it is now."""
-    if index + 1 == len(decoder.blocks):
-        return
-    for number, stream in enumerate(streams):
-        stream.hidden = outputs[number] if outputs else decoder.run_block(index, stream.hidden, stream.calls[index])
+def advance_streams(decoder: Decoder, index: int, streams: list[Stream], foreseen: bool = False) -> None:
+    """Move every stream past a block: to what `observe` has foreseen, or by running the block as it is now."""
+    for stream in streams:
+        if foreseen:
+            stream.move_on()
+        else:
+            stream.hidden = decoder.run_block(index, stream.hidden, stream.calls[index])

@@ -4,7 +4,6 @@ import argparse
 import os
 import shlex
 import sys
-import time
 from collections.abc import Sequence
 from io import TextIOWrapper
 from pathlib import Path
@@ -98,50 +97,59 @@ def _compare(options: argparse.Namespace) -> None:
 
 def _prune(options: argparse.Namespace) -> None:
     from sparselab import corpora, files
-    from sparselab.models import load, quiet
-    from sparselab.pruning import prune
+    from sparselab.methods import Settings
+    from sparselab.models import stream
+    from sparselab.ranks import joined, own_device
+    from sparselab.streaming import prune_checkpoint
 
-    with files.finished_output(options.out, options.overwrite, _inputs(options)) as folder:
-        model, tokenizer = load(options.model, options.device, options.dtype)
-        files.check_space(folder, model.get_memory_footprint())
-        calib = corpora.calibration_tokens(tokenizer, options.dataset, options.nsamples, options.seqlen, options.seed)
-        report = prune(
+    given = {name: value for name, value in vars(options).items() if name not in ("run", "command", "debug", "words")}
+    with joined() as ranks:
+        if ranks.leads and not options.resume:
+            files.check_output(options.out, options.overwrite, _inputs(options))  # before anything is read
+        model, tokenizer = stream(options.model, own_device(options.device), options.dtype)
+        report = prune_checkpoint(
             model,
-            calib,
-            options.method,
-            options.sparsity,
-            options.percdamp,
-            options.blocksize,
-            propagate=options.propagate,
-            kernel=options.kernel,
+            tokenizer,
+            corpora.calibration_tokens(tokenizer, options.dataset, options.nsamples, options.seqlen, options.seed),
+            options.out,
+            Settings(
+                options.method,
+                options.sparsity,
+                options.percdamp,
+                options.blocksize,
+                options.propagate,
+                kernel=options.kernel,
+            ),
             batch_size=options.batch_size,
+            spill=options.spill,
+            resume=options.resume,
+            overwrite=options.overwrite,
+            force=options.force,
+            tell=_say,
+            record=given,
+            ranks=ranks,
         )
-        started = time.perf_counter()
-        with quiet():
-            model.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
-        stages = report.stages | {"write": time.perf_counter() - started}
-        report.layers.to_csv(folder / "report.csv", index=False)
-        given = {
-            name: value for name, value in vars(options).items() if name not in ("run", "command", "debug", "words")
-        }
-        files.write_stamp(folder, "prune", given)
+    if not ranks.leads:
+        return
+    stages = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in report.stages.items())
     _say(
         f"{options.model} pruned by {options.method}: {report.sparsity:.2%} zeros in {len(report.layers)} layers, "
-        f"mean relative layer error {report.relative_error:.4f}, {report.seconds:.1f} s "
-        f"({', '.join(f'{stage} {seconds:.1f}' for stage, seconds in stages.items())}), "
-        f"{report.peak_memory / 1e6:.0f} MB of memory besides the model; written to {options.out}"
+        f"mean relative layer error {report.relative_error:.4f}, {report.seconds:.1f} s ({stages}), "
+        f"{report.peak_memory / 1e6:.0f} MB of memory; written to {options.out}"
     )
 
 
 def _eval(options: argparse.Namespace) -> None:
+    from tempfile import TemporaryDirectory
+
     from sparselab import corpora
     from sparselab.evaluation import bits_per_byte, perplexity
-    from sparselab.models import load
+    from sparselab.models import stream
 
-    model, tokenizer = load(options.model, options.device, options.dtype)
+    model, tokenizer = stream(options.model, options.device, options.dtype)
     tokens = corpora.evaluation_tokens(tokenizer, options.dataset, options.nsamples, options.seqlen)
-    result = perplexity(model, tokens, options.batch_size)
+    with TemporaryDirectory(prefix="sparselab-") as hidden:
+        result = perplexity(model, tokens, options.batch_size, spill=Path(hidden) if options.spill else None)
     _say(
         f"{options.model}: perplexity {result}, {bits_per_byte(result, tokens, tokenizer):.3f} bits per byte "
         f"({len(tokens)} windows of {options.seqlen} tokens of {corpora.describe(options.dataset)})"

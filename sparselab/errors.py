@@ -25,5 +25,13 @@ class UnsupportedModelError(SparselabError):
     """The model has no list of decoder blocks with linear layers that sparselab can find."""
 
 
+class NotEnoughMemoryError(SparselabError):
+    """The work would not fit into memory."""
+
+
+class LostRankError(SparselabError):
+    """Another of the processes that share the work has ended."""
+
+
 class OutputError(SparselabError):
     """An output folder is in use, holds something already, or cannot be written."""

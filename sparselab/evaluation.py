@@ -1,8 +1,9 @@
 """Perplexity by the papers' protocol, with its uncertainty. Nothing here changes a model."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -10,9 +11,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from sparselab.calibration import advance_streams, enter
 from sparselab.errors import NonFiniteError
 from sparselab.models.blocks import Decoder, evaluating
 from sparselab.models.inputs import as_windows, batches, check_tokens
+from sparselab.models.streamed import StreamedModel
 from sparselab.progress import Progress, tracked
 
 # Logits held at a time, in elements: 128 MiB in float32, whatever the size of the vocabulary.
@@ -46,10 +49,12 @@ class Perplexity:
 
 
 def perplexity(
-    model: PreTrainedModel,
+    model: PreTrainedModel | StreamedModel,
     tokens: Int[Tensor, "windows seqlen"],
     batch_size: int | None = None,
     progress: Progress = True,
+    *,
+    spill: Path | None = None,
 ) -> Perplexity:
     """Perplexity of a causal language model on windows of tokens.
 
@@ -57,10 +62,12 @@ def perplexity(
     code; only the projection to the vocabulary is cut into pieces, so that memory does not grow with the vocabulary.
 
     Args:
-        model: a `transformers` causal language model, on any device.
+        model: a `transformers` causal language model, on any device; or one from `stream`, each block of which is then
+            read once.
         tokens: from `evaluation_tokens`, or any LongTensor of ids.
         batch_size: windows at a time; None chooses by the device.
-        progress: a bar over windows; see `sparselab.progress`.
+        progress: a bar over blocks; see `sparselab.progress`.
+        spill: an empty folder for the hidden states of a streamed model; None keeps them in memory.
 
     Raises:
         ValueError: tokens are not windows the model can take.
@@ -72,13 +79,18 @@ def perplexity(
     if tokens.shape[1] < 2:
         raise ValueError("tokens: expected windows of at least 2 tokens, since the first is not predicted")
     losses = []
-    with evaluating(model), tracked(progress, len(tokens), "perplexity", "window") as advance:
-        for batch in batches(tokens, batch_size, decoder.device):
-            nll = _window_losses(decoder, batch)
-            if not nll.isfinite().all():
-                raise NonFiniteError(f"perplexity: the loss is not finite; {_first_bad_block(decoder, batch)}")
-            losses.append(nll.cpu())
-            advance(len(batch))
+    parts = list(batches(tokens, batch_size, decoder.device))
+    # A batch goes through the whole model before the next one, unless each block has to be read from a file first.
+    rounds = [parts] if decoder.streamed else [[part] for part in parts]
+    with (
+        evaluating(decoder.model),
+        tracked(progress, len(rounds) * len(decoder.blocks), "perplexity", "block") as advance,
+    ):
+        for together in rounds:
+            nll = _losses(decoder, together, spill, advance)
+            losses += nll
+            if bad := [batch for batch, loss in zip(together, nll, strict=True) if not loss.isfinite().all()]:
+                raise NonFiniteError(f"perplexity: the loss is not finite; {_first_bad_block(decoder, bad[0])}")
     return Perplexity(torch.cat(losses), tokens.shape[1])
 
 
@@ -109,8 +121,22 @@ def bits_per_byte(ppl: Perplexity, tokens: Int[Tensor, "windows seqlen"], tokeni
     return nats / math.log(2) / predicted
 
 
-def _window_losses(decoder: Decoder, batch: Int[Tensor, "batch seq"]) -> Float[Tensor, " batch"]:
-    *_, (_, hidden) = _hidden_states(decoder, batch)
+def _losses(
+    decoder: Decoder, together: list[Tensor], spill: Path | None, advance: Callable[[int], object]
+) -> list[Tensor]:
+    """The loss of each window of each batch, on the CPU; all batches pass a block before the next is looked at."""
+    streams = enter(decoder, torch.cat(together), len(together[0]), spill)
+    for index in range(len(decoder.blocks)):
+        with decoder.block(index):
+            advance_streams(decoder, index, streams)
+        advance(1)
+    with decoder.outside():
+        return [_head_losses(decoder, stream.hidden, b).cpu() for stream, b in zip(streams, together, strict=True)]
+
+
+def _head_losses(
+    decoder: Decoder, hidden: Float[Tensor, "batch seq hidden"], batch: Int[Tensor, "batch seq"]
+) -> Float[Tensor, " batch"]:
     targets = batch[:, 1:].to(hidden.device)
     step = max(1, _LOGITS_AT_ONCE // (len(batch) * decoder.vocab_size))
     total = torch.zeros(len(batch), dtype=torch.float64, device=hidden.device)
@@ -121,16 +147,13 @@ def _window_losses(decoder: Decoder, batch: Int[Tensor, "batch seq"]) -> Float[T
     return total / targets.shape[1]
 
 
-def _hidden_states(decoder: Decoder, batch: Int[Tensor, "batch seq"]) -> Iterator[tuple[str, Tensor]]:
-    hidden, calls = decoder.embed(batch)
-    yield "the embedding", hidden
-    for index, call in enumerate(calls):
-        hidden = decoder.run_block(index, hidden, call)
-        yield f"{decoder.blocks_name}.{index}", hidden
-
-
 def _first_bad_block(decoder: Decoder, batch: Int[Tensor, "batch seq"]) -> str:
-    for name, hidden in _hidden_states(decoder, batch):
-        if not hidden.isfinite().all():
+    streams = enter(decoder, batch, len(batch))
+    names = ["the embedding", *(f"{decoder.blocks_name}.{index}" for index in range(len(decoder.blocks)))]
+    for index, name in enumerate(names):
+        if not streams[0].hidden.isfinite().all():
             return f"the first output that is not finite is that of {name}; look at its weights"
+        if index < len(decoder.blocks):
+            with decoder.block(index):
+                advance_streams(decoder, index, streams)
     return "all blocks send on finite values, so it is the final norm or the head"

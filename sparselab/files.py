@@ -12,6 +12,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from filelock import FileLock, Timeout
+
 from sparselab.errors import OutputError
 
 if TYPE_CHECKING:
@@ -19,6 +21,9 @@ if TYPE_CHECKING:
 
 # Written into every output folder: what is listed in it may be replaced by --overwrite, and nothing else.
 STAMP = "sparselab.json"
+# In the folder of work that can be taken up again, says what of it is done.
+JOURNAL = "journal.jsonl"
+_LOCK = ".lock"
 
 
 @contextmanager
@@ -45,6 +50,71 @@ def finished_output(path: str | Path, overwrite: bool = False, inputs: Iterable[
             shutil.rmtree(partial, ignore_errors=True)
             _remove_empty(absent)
         raise
+
+
+@contextmanager
+def resumable_output(path: str | Path, overwrite: bool = False, inputs: Iterable[str | Path] = ()) -> Iterator[Path]:
+    """Like `finished_output`, but what has been finished stays when the work inside fails, for another time.
+
+    The folder to write to always has the same name, and belongs to one process at a time; when that dies, the system
+    sets it free. What it holds when it is entered is what earlier processes have left.
+
+    Args, Raises: see `check_output`; also OutputError if another process is at work there.
+    """
+    folder = check_output(path, overwrite, inputs)
+    absent, work = _absent(folder), unfinished_folder(folder)
+    work.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(work / _LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise OutputError(f"{path}: another process writes to it, in {work}; wait, or choose another --out") from None
+    try:
+        _undo_half_a_replacement(work, folder)
+        before = _contents(folder)
+        yield work
+        (work / _LOCK).unlink()
+        _put_in_place(work, folder, before)
+    except BaseException as error:
+        if something_finished(work):
+            error.add_note(f"what was finished is kept in {work}; pass --resume to go on")
+        else:
+            shutil.rmtree(work, ignore_errors=True)
+            _remove_empty(absent)
+        raise
+    finally:
+        lock.release()
+
+
+def _undo_half_a_replacement(work: Path, folder: Path) -> None:
+    """After a process that was killed while it put its output in place."""
+    aside = _aside(work)
+    if aside.exists() and not folder.exists():
+        aside.rename(folder)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def unfinished_folder(path: str | Path) -> Path:
+    """Where `resumable_output` writes meanwhile."""
+    folder = Path(path).resolve()
+    return folder.with_name(f".{folder.name}.unfinished")
+
+
+def clear(work: Path, keep: Iterable[str]) -> None:
+    """Remove what killed processes have left in a folder of resumable work, but for its journal and what is named."""
+    for path in work.iterdir():
+        if path.name in (JOURNAL, _LOCK, *keep):
+            continue
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def something_finished(work: Path) -> bool:
+    """Whether a folder of resumable work has a journal that says more than what the work is."""
+    journal = work / JOURNAL
+    return journal.is_file() and journal.read_bytes().count(b"\n") > 1
 
 
 def check_output(path: str | Path, overwrite: bool = False, inputs: Iterable[str | Path] = ()) -> Path:
@@ -119,6 +189,7 @@ def written_whole(path: Path) -> Iterator[Path]:
         with partial.open("r+b") as file:
             os.fsync(file.fileno())
         partial.replace(path)
+        _on_disk(path.parent)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
@@ -187,13 +258,14 @@ def _try_writing(folder: Path) -> None:
 def _put_in_place(partial: Path, folder: Path, before: set[tuple[str, int, int]]) -> None:
     """Rename the finished folder to its name; what stood there is only deleted if it still is what it was before."""
     partial.chmod(0o755)
-    aside = partial.with_name(partial.name + ".replaced")
+    aside = _aside(partial)
     if os.path.lexists(folder):
         folder.rename(aside)
     try:
         if _contents(aside) != before:
             raise OutputError(f"{folder}: somebody else has written there meanwhile; it is left alone")
         partial.rename(folder)
+        _on_disk(folder.parent)
     except BaseException:
         if os.path.lexists(aside):
             aside.rename(folder)
@@ -201,6 +273,20 @@ def _put_in_place(partial: Path, folder: Path, before: set[tuple[str, int, int]]
     shutil.rmtree(aside, ignore_errors=True)
     if aside.exists():
         warnings.warn(f"{folder}: the output it replaces cannot be deleted and is left in {aside}", stacklevel=2)
+
+
+def _aside(partial: Path) -> Path:
+    return partial.with_name(partial.name + ".replaced")
+
+
+def _on_disk(folder: Path) -> None:
+    """Make renames in a folder outlive a power cut; only POSIX can, and has to."""
+    if os.name == "posix":
+        opened = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(opened)
+        finally:
+            os.close(opened)
 
 
 def _contents(folder: Path) -> set[tuple[str, int, int]]:

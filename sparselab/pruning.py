@@ -1,24 +1,30 @@
-"""The block walk: calibrate a block, solve its layers, store the result, send the hidden states on."""
+"""Prune a model in memory: everything checked first, then the walk through its blocks, then a report."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
 from typing import Any, Literal
 
 import pandas as pd
-from torch import Tensor
+from jaxtyping import Int
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sparselab import solvers
-from sparselab.calibration import Collected, Stream, advance_streams, enter, observe
+from sparselab.calibration import Collected, enter
 from sparselab.errors import NonFiniteError, SparselabError
 from sparselab.methods import METHODS, Settings
-from sparselab.models.blocks import Decoder, Linear, evaluating, find_linears, read_weight, write_weight
+from sparselab.models.blocks import Decoder, evaluating, find_linears, read_weight
 from sparselab.models.inputs import check_tokens
+from sparselab.models.streamed import StreamedModel
 from sparselab.progress import Progress, tracked
+from sparselab.ranks import Ranks
 from sparselab.resources import PeakMemory, Stopwatch
-from sparselab.solvers import InputStatistics, Pattern
+from sparselab.solvers import Pattern
 from sparselab.solvers.checks import all_finite
+from sparselab.walk import Keeper, Row, Walk, collects
 
 
 @dataclass(frozen=True)
@@ -32,7 +38,8 @@ class Report:
         settings: what was asked for.
         seconds: wall time of the whole walk.
         stages: seconds of it by what they went into: forward passes, statistics, factorise, sweep (the solve, of
-            whatever method), error (measuring it).
+            whatever method), error (measuring it); read and write, of a streamed model;
+            exchange, between processes.
         peak_memory: bytes taken besides the model; see `PeakMemory`.
     """
 
@@ -99,30 +106,67 @@ def prune(
     pattern = solvers.parse_sparsity(sparsity)
     view = propagate if collected is None else "dense"
     settings = Settings(method, pattern, percdamp, blocksize, view, measure_error and calib is not None, kernel)
-    if calib is None and METHODS[method].needs != "nothing":
-        raise ValueError(f"calib: {method} needs calibration windows, received None; see calibration_tokens")
+    check_calib(method, calib)
     decoder = check_model(model, [settings], collected)
     windows = None if calib is None or collected is not None else check_tokens(decoder, calib)
-    rows = []
+    return walk_all(decoder, settings, windows, collected or {}, batch_size, progress)
+
+
+def walk_all(
+    decoder: Decoder,
+    settings: Settings,
+    windows: Int[Tensor, "n seqlen"] | None,
+    collected: Collected,
+    batch_size: int | None = None,
+    progress: Progress = True,
+    *,
+    keeper: Keeper | None = None,
+    spill: Path | None = None,
+    ranks: Ranks | None = None,
+) -> Report:
+    """Prune block after block of a model that `check_model` has looked at.
+
+    Args:
+        decoder, settings: what is pruned, and how.
+        windows: calibration tokens of all processes; None if there are none, or statistics in their place.
+        collected: those statistics.
+        batch_size, progress: see `prune`.
+        keeper, ranks: see `Walk`.
+        spill: see `enter`.
+
+    Raises:
+        NonFiniteError, SingularHessianError: see `prune`.
+        LostRankError: another process has ended.
+    """
+    rows: list[Row] = []
+    ranks = ranks or Ranks()
     with (
-        evaluating(model),
+        evaluating(decoder.model),
         PeakMemory(decoder.device) as memory,
-        tracked(progress, len(decoder.linears()), f"{method} {pattern}", "layer") as advance,
+        tracked(progress, len(decoder.linears()), f"{settings.method} {settings.pattern}", "layer") as advance,
     ):
         started, watch = time.perf_counter(), Stopwatch(decoder.device)
-        streams = []
-        if windows is not None and _collects(settings) != "nothing":
+        walk = Walk(decoder, settings, watch, [], collected, keeper, ranks)
+        if windows is not None and collects(settings) != "nothing":
             with watch.stage("forward"):
-                streams = enter(decoder, windows, batch_size)
+                walk.streams = enter(decoder, ranks.part(windows), batch_size, spill)
         for index in range(len(decoder.blocks)):
-            for row in _prune_block(decoder, index, streams, settings, collected or {}, watch):
+            for row in walk.prune_block(index):
                 rows.append(row)
                 advance(1)
         stages, seconds = watch.seconds(), time.perf_counter() - started
     return Report(pd.DataFrame(rows), settings, seconds, stages, memory.bytes)
 
 
-def check_model(model: PreTrainedModel, runs: Sequence[Settings], collected: Collected | None = None) -> Decoder:
+def check_calib(method: str, calib: Any) -> None:
+    """Raise ValueError where a method needs calibration windows and there are none."""
+    if calib is None and METHODS[method].needs != "nothing":
+        raise ValueError(f"calib: {method} needs calibration windows, received None; see calibration_tokens")
+
+
+def check_model(
+    model: PreTrainedModel | StreamedModel, runs: Sequence[Settings], collected: Collected | None = None
+) -> Decoder:
     """The model taken apart, once everything that can be known to fail in pruning it has been looked at.
 
     Args:
@@ -135,111 +179,51 @@ def check_model(model: PreTrainedModel, runs: Sequence[Settings], collected: Col
     """
     decoder = Decoder(model)
     decoder.check_prunable()
-    _check_layers(decoder, runs, collected)
-    _check_other_parameters(decoder)
+    _check_settings(decoder, runs, collected)
+    for index in range(len(decoder.blocks)):
+        with decoder.block(index) as block:
+            _check_weights(block, decoder.block_prefix(index))
+    if decoder.streamed:
+        _check_finite(decoder.streamed.read(decoder.streamed.names(decoder.is_outside)))
+    else:
+        _check_finite(param for param in decoder.model.named_parameters() if decoder.is_outside(param[0]))
     return decoder
 
 
-def _prune_block(
-    decoder: Decoder, index: int, streams: list[Stream], settings: Settings, collected: Collected, watch: Stopwatch
-) -> Iterator[dict[str, Any]]:
-    """Prune the layers of a block; the hidden states have moved on when the last row has come."""
-    block_name = f"{decoder.blocks_name}.{index}"
-    linears = find_linears(decoder.blocks[index])
-    last = index + 1 == len(decoder.blocks)
-    outputs: list[Tensor] | None = [] if settings.propagate == "dense" and not last else None
-    if streams:
-        with watch.stage("forward"):
-            observed = observe(decoder, index, streams, _collects(settings) == "hessian", outputs, watch)
-    else:
-        observed = {name: collected[full] for name in linears if (full := f"{block_name}.{name}") in collected}
-    for names in _sharing(linears, observed):
-        rows = _prune_layers([linears[name] for name in names], observed.get(names[0]), settings, watch)
-        for name in names:
-            try:
-                yield {"block": index, "layer": name} | next(rows)
-            except SparselabError as error:
-                raise type(error)(f"{block_name}.{name}: {error}") from error
-    with watch.stage("forward"):
-        advance_streams(decoder, index, streams, outputs)
-
-
-def _sharing(linears: dict[str, Linear], observed: Collected) -> list[list[str]]:
-    """Names of layers that see the same inputs and keep their weights alike, in one list each; others alone."""
-    groups: dict[Any, list[str]] = {}
-    for name, linear in linears.items():
-        key = (id(observed[name]), linear.weight.dtype, linear.weight.device) if name in observed else name
-        groups.setdefault(key, []).append(name)
-    return list(groups.values())
-
-
-def _prune_layers(
-    linears: list[Linear], seen: InputStatistics | None, settings: Settings, watch: Stopwatch
-) -> Iterator[dict[str, Any]]:
-    """Solve layers that see the same inputs together; store one after the other."""
-    method, started = METHODS[settings.method], time.perf_counter()
-    weights = [read_weight(linear) for linear in linears]
-    seen = seen or InputStatistics(weights[0].shape[1], with_hessian=False)  # no tokens: magnitude asks for none
-    if method.needs == "hessian":
-        with watch.stage("factorise"):
-            seen.factor(settings.percdamp)
-    with watch.stage("sweep"):
-        results = iter(method.solve(weights, seen, settings))
-    size, taken = sum(weight.numel() for weight in weights), 0.0
-    for linear, weight in zip(linears, weights, strict=True):
-        with watch.stage("sweep"):
-            pruned = next(results)  # which looks whether it is finite, so that on a GPU too it is done now
-        taken = taken or time.perf_counter() - started
-        d_out, d_in = weight.shape
-        with watch.stage("error"):
-            error = _relative_error(weight, pruned, seen, settings)
-        write_weight(linear, pruned)
-        yield {
-            "d_out": d_out,
-            "d_in": d_in,
-            "sparsity": solvers.realised_sparsity(pruned),
-            "relative_error": error,
-            "tokens": seen.tokens,
-            "seconds": taken * weight.numel() / size,
-        }
-
-
-def _relative_error(weight: Tensor, pruned: Tensor, seen: InputStatistics, settings: Settings) -> float:
-    known = seen.tokens and _collects(settings) == "hessian"
-    return solvers.relative_error(weight, pruned, seen.hessian) if known else float("nan")
-
-
-def _collects(settings: Settings) -> str:
-    return "hessian" if settings.measure_error else METHODS[settings.method].needs
-
-
-def _check_layers(decoder: Decoder, runs: Sequence[Settings], collected: Collected | None) -> None:
-    """Everything that can be known to fail before the first block is touched."""
+def _check_settings(decoder: Decoder, runs: Sequence[Settings], collected: Collected | None) -> None:
+    """What shapes and devices alone can tell."""
     linears = decoder.linears()
     sweeps = [settings for settings in runs if settings.method == "sparsegpt"]
-    for device in {linear.weight.device for linear in linears.values()}:
-        for settings in sweeps:
-            solvers.block_sweeper(settings.kernel, settings.blocksize, device)
+    places = {decoder.device} if decoder.streamed else {linear.weight.device for linear in linears.values()}
+    for device, settings in product(places, sweeps):
+        solvers.block_sweeper(settings.kernel, settings.blocksize, device)
     if collected is not None and (lacking := [name for name in linears if name not in collected]):
         raise ValueError(
             f"calib: expected statistics of all {len(linears)} layers, as collect gives without `blocks`; "
             f"received none of {lacking[0]}"
         )
     for name, linear in linears.items():
+        for settings in runs:
+            d_in = read_weight(linear).shape[1]
+            try:
+                settings.pattern.check(d_in, settings.blocksize if settings in sweeps else d_in)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
+
+
+def _check_weights(block: nn.Module, prefix: str) -> None:
+    """A block's layers can be pruned, and what else it has would not make a damaged model."""
+    linears = find_linears(block)
+    for name, linear in linears.items():
         try:
-            weight = read_weight(linear)
-            solvers.check_weight(weight)
-            for settings in runs:
-                whole = settings.blocksize if settings in sweeps else weight.shape[1]
-                settings.pattern.check(weight.shape[1], whole)
+            solvers.check_weight(read_weight(linear))
         except (SparselabError, ValueError) as error:
-            raise type(error)(f"{name}: {error}") from error
+            raise type(error)(f"{prefix}{name}: {error}") from error
+    weights = {f"{name}.weight" for name in linears}
+    _check_finite((prefix + name, value) for name, value in block.named_parameters() if name not in weights)
 
 
-def _check_other_parameters(decoder: Decoder) -> None:
-    """What is not pruned has to be finite too, or a damaged model would be written; one tensor at a time."""
-    linears = decoder.linears()
-    for name, parameter in decoder.model.named_parameters():
-        checked = name.removesuffix(".weight") in linears or not parameter.is_floating_point()
-        if not checked and not all_finite(parameter):
+def _check_finite(parameters: Iterable[tuple[str, Tensor]]) -> None:
+    for name, parameter in parameters:
+        if parameter.is_floating_point() and not all_finite(parameter):
             raise NonFiniteError(f"{name}: expected finite values, received NaN or infinite ones; load the model again")

@@ -289,7 +289,7 @@ def test_whatever_a_library_raises_is_one_line(folder, text, tmp_path, capsys, m
     def odd(*args, **kwargs):
         raise OddError("no space\nleft on device")
 
-    monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", odd)
+    monkeypatch.setattr("sparselab.preflight.estimate", odd)
     message = fails(capsys, ["prune", folder, "--out", tmp_path / "out", "--dataset", text, *SMALL], 1)
     assert message.endswith("error: OddError: no space left on device")
     assert not (tmp_path / "out").exists()

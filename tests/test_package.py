@@ -40,7 +40,8 @@ def test_everything_works_without_optional_packages():
 def test_public_names():
     assert set(sparselab.__all__) == {
         "Magnitude", "Perplexity", "Report", "SparseGPT", "Wanda", "bits_per_byte", "calibration_tokens", "collect",
-        "compare", "evaluation_tokens", "load", "perplexity", "prune", "solvers", "train",
+        "compare", "evaluation_tokens", "load", "perplexity", "prune", "prune_checkpoint", "solvers",
+        "stream", "train",
     }  # fmt: skip
     for name in sparselab.__all__:
         assert getattr(sparselab, name).__doc__, name

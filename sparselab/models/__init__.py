@@ -1,6 +1,6 @@
 """All that knows `transformers`: opening models, and taking them apart at their decoder blocks."""
 
 from sparselab.models.blocks import Decoder
-from sparselab.models.loading import load, quiet
+from sparselab.models.loading import load, quiet, stream
 
-__all__ = ["Decoder", "load", "quiet"]
+__all__ = ["Decoder", "load", "quiet", "stream"]

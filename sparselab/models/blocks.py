@@ -6,7 +6,7 @@ and hidden states travel from block to block outside the model.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple, cast
 
@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from sparselab.errors import UnsupportedModelError
+from sparselab.models.streamed import StreamedModel
 
 Linear = nn.Linear | Conv1D
 
@@ -31,18 +32,22 @@ class Call(NamedTuple):
 class Decoder:
     """A causal language model taken apart at its decoder blocks; the model itself is left as it is.
 
+    Weights are looked at only inside of `block`, for those of one block, and `outside`, for all others: those of a
+    streamed model are nowhere else.
+
     Args:
-        model: any `transformers` causal language model whose blocks are one `nn.ModuleList`.
+        model: any `transformers` causal language model whose blocks are one `nn.ModuleList`, in memory or streamed.
 
     Raises:
         TypeError: not a `transformers` model.
         UnsupportedModelError: no such list is found, or no head after it.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
-        self.blocks_name, self.blocks = _find_blocks(model)
-        self.backbone = model.get_submodule(self.blocks_name.rpartition(".")[0])
+    def __init__(self, model: PreTrainedModel | StreamedModel) -> None:
+        self.streamed = model if isinstance(model, StreamedModel) else None
+        self.model: PreTrainedModel = model.model if isinstance(model, StreamedModel) else model
+        self.blocks_name, self.blocks = _find_blocks(self.model)
+        self.backbone = self.model.get_submodule(self.blocks_name.rpartition(".")[0])
         self._returns_tuple: bool | None = None
 
     @property
@@ -59,7 +64,32 @@ class Decoder:
     @property
     def device(self) -> torch.device:
         """Where token ids have to lie: the device of the input embedding."""
+        if self.streamed:
+            return self.streamed.device
         return cast(nn.Embedding, self.model.get_input_embeddings()).weight.device
+
+    @contextmanager
+    def block(self, index: int) -> Iterator[nn.Module]:
+        """A block with its weights in place. What is done to those of a streamed model is lost at the end."""
+        with self._present(lambda name: name.startswith(self.block_prefix(index))):
+            yield self.blocks[index]
+
+    @contextmanager
+    def outside(self, head: bool = True) -> Iterator[None]:
+        """All weights in place but those of the blocks, and of the head if it is not asked for."""
+        with self._present(lambda name: self.is_outside(name) and (head or not self._is_head(name))):
+            yield
+
+    def is_outside(self, name: str) -> bool:
+        """Whether a weight is part of no block."""
+        return not name.startswith(f"{self.blocks_name}.")
+
+    def _is_head(self, name: str) -> bool:
+        return self.model.get_submodule(name.rpartition(".")[0]) is self.model.get_output_embeddings()
+
+    def block_prefix(self, index: int) -> str:
+        """What the names of a block's weights begin with."""
+        return f"{self.blocks_name}.{index}."
 
     def linears(self) -> dict[str, Linear]:
         """Every prunable layer of the model by its full name, block after block."""
@@ -133,6 +163,9 @@ class Decoder:
         with self._blocks_replaced(answer):
             logits: Tensor = self.model(input_ids=any_ids, use_cache=False).logits
         return logits
+
+    def _present(self, wanted: Callable[[str], bool]) -> AbstractContextManager[None]:
+        return self.streamed.present(wanted) if self.streamed else nullcontext()
 
     @contextmanager
     def _replay(self) -> Iterator[None]:

@@ -6,15 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import constants, get_session
+from huggingface_hub import constants, get_session, snapshot_download
 from huggingface_hub.utils import logging as hub_logging
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from sparselab.errors import ModelLoadError
+from sparselab.models.checkpoint import Checkpoint
+from sparselab.models.streamed import Misfit, StreamedModel
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _SECONDS_FOR_THE_HUB = 5
+_WHAT_A_MODEL_NEEDS = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken"]
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken*", "spiece*")
 
 
@@ -45,9 +48,40 @@ def load(
         except Exception as error:  # transformers, safetensors, json and tokenizers each raise their own
             raise ModelLoadError(f"{name}: {_why_not(source, error)}") from error
     model, info = opened
-    if trouble := _misfit(model, info):
+    misfit = Misfit(*(sorted(info[f"{kind}_keys"]) for kind in ("missing", "unexpected", "mismatched")))
+    if trouble := _misfit(model, misfit):
         raise ModelLoadError(f"{name}: {trouble}")
     return model.to(place).eval(), tokenizer
+
+
+def stream(
+    name: str | Path, device: str | torch.device | None = None, dtype: str | torch.dtype = "auto"
+) -> tuple[StreamedModel, PreTrainedTokenizerBase]:
+    """Open a model without reading its weights: each part of them is read when it is needed.
+
+    Args, Raises: see `load`; a model is also refused if its weights are not in safetensors files, or under other names
+        than current versions of transformers give them.
+    """
+    place = existing_device(device)
+    source, options = _found(name)
+    with quiet():
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source, **options)
+            folder = Path(source)
+            if not folder.exists():
+                folder = Path(snapshot_download(source, allow_patterns=_WHAT_A_MODEL_NEEDS, **options))
+            streamed = StreamedModel(
+                Checkpoint(folder),
+                place,
+                None if dtype == "auto" else getattr(torch, str(dtype).removeprefix("torch.")),
+            )
+        except ModelLoadError:
+            raise
+        except Exception as error:
+            raise ModelLoadError(f"{name}: {_why_not(source, error)}") from error
+    if trouble := _misfit(streamed.model, streamed.misfit):
+        raise ModelLoadError(f"{name}: {trouble}")
+    return streamed, tokenizer
 
 
 def existing_device(device: str | torch.device | None = None) -> torch.device:
@@ -106,9 +140,9 @@ def _why_not(source: str, error: Exception) -> str:
     )
 
 
-def _misfit(model: PreTrainedModel, info: dict[str, Any]) -> str:
+def _misfit(model: PreTrainedModel, misfit: Misfit) -> str:
     """In what the weights in the files are not those that the configuration asks for; empty if in nothing."""
-    missing, surplus = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+    missing, surplus, mismatched = misfit
     if missing and {id(model.get_parameter(name)) for name in missing} <= {id(_head_weight(model))}:
         return f"has no weights for the head ({missing[0]}), so it is not a causal language model; use one that is"
     if missing:
@@ -118,7 +152,7 @@ def _misfit(model: PreTrainedModel, info: dict[str, Any]) -> str:
             f"its files hold {len(surplus)} weights for which its config.json has no place, first {surplus[0]}; "
             "fetch both from the same model"
         )
-    for name, found, expected in sorted(info["mismatched_keys"]):
+    for name, found, expected in mismatched:
         return (
             f"{name} is of shape {tuple(found)} in its files and of {tuple(expected)} by config.json; "
             "fetch both from the same model"

@@ -5,7 +5,7 @@ For a linear layer with inputs X [tokens, d_in], the squared error of its output
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import reduce
@@ -124,6 +124,18 @@ class InputStatistics:
         self._sum += other._sum
         self.tokens += other.tokens
         self._upper_only = self._upper_only or other._upper_only
+        self._factors = {}
+
+    def total(self, add_up: Callable[[Tensor], object]) -> None:
+        """Turn this process's sums into those of all.
+
+        Args:
+            add_up: puts the sum of a tensor over all processes in its place.
+        """
+        tokens = torch.tensor([self.tokens], device=self._sum.device)
+        add_up(self._sum)
+        add_up(tokens)
+        self.tokens = int(tokens)
         self._factors = {}
 
     def _panels(self) -> list[slice]:

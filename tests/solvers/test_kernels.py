@@ -1,6 +1,8 @@
 """Every kernel against the torch one: Triton's on a GPU where there is one, else in Triton's interpreter."""
 
 import importlib.util
+import subprocess
+import sys
 
 import numba
 import numpy as np
@@ -119,6 +121,16 @@ def test_numba_without_a_folder_to_keep_what_it_compiles(monkeypatch):
 
 def _add_one(numbers):
     numbers += 1
+
+
+def test_numba_leaves_torch_its_number_of_threads():
+    """In a process of its own, as numba starts its threads once."""
+    code = (
+        "import torch; from sparselab.solvers import sparsegpt; torch.set_num_threads(1);"
+        "sparsegpt(torch.randn(200, 8), torch.eye(8), 0.5); print(torch.get_num_threads())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "1"
 
 
 def test_what_auto_is():

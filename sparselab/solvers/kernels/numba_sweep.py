@@ -31,9 +31,12 @@ def sweep_block(
     flags = torch.empty(0, 0, dtype=torch.bool) if remove is None else remove.contiguous()
     group, pruned = (choose.group, choose.group - choose.kept) if choose else (0, 0)
     padded = torch.nn.functional.pad(push, (0, 0, 0, _TOGETHER - 1))  # the last columns look beyond them, for nothing
+    threads = torch.get_num_threads()
     with _ONE_AT_A_TIME:
-        numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
+        numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
         _sweep_tiles(W.numpy(), padded.numpy(), importance.contiguous().numpy(), flags.numpy(), group, pruned)
+    if torch.get_num_threads() != threads:  # numba has just started the OpenMP that it shares with torch, on all cores
+        torch.set_num_threads(threads)
 
 
 def _compiled(**options: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:

@@ -1,0 +1,139 @@
+"""A model whose weights stay in their files, but for the part that is being used."""
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from sparselab.errors import ModelLoadError
+from sparselab.models.checkpoint import Checkpoint
+
+# What files of older versions hold besides, as transformers has it for all models.
+_MADE_BY_THE_MODEL = (r"rotary_emb\.inv_freq", r"(^|\.)position_ids$")
+
+
+class Misfit(NamedTuple):
+    """In what the weights in the files are not those that the model needs; see `StreamedModel`."""
+
+    missing: list[str]
+    surplus: list[str]
+    mismatched: list[tuple[str, tuple[int, ...], tuple[int, ...]]]
+
+
+class StreamedModel:
+    """A causal language model built without weights, and the files that have them.
+
+    Args:
+        checkpoint: the weights.
+        device: where they are needed.
+        dtype: of the weights; None is what the configuration says, or the files if that says nothing.
+
+    Raises:
+        ModelLoadError: two weights that the configuration makes one are different in the files.
+
+    Attributes:
+        model: its weights are on the meta device, outside of `present`.
+        misfit: names of the model that the files lack, names in the files that the model has no place for, and (name,
+            shape in the files, shape in the model) of those that do not fit. All empty for a model that can be used.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype | None = None) -> None:
+        self.checkpoint, self.device = checkpoint, device
+        config = AutoConfig.from_pretrained(checkpoint.folder)
+        dtype = dtype or config.dtype or checkpoint.dtype
+        with init_empty_weights(include_buffers=False):
+            self.model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+        self.model.tie_weights()  # anew, as what made them empty has parted them
+        for module in self.model.modules():  # tables of angles and masks, which no file has
+            module._buffers.update({name: b if b is None else b.to(device) for name, b in module._buffers.items()})
+        # Every weight by its first name, with all the names that it has: a head may be the embedding once more.
+        self._aliases: dict[str, list[str]] = {}
+        first: dict[int, str] = {}
+        for name, tensor in self.model.state_dict(keep_vars=True).items():
+            self._aliases.setdefault(first.setdefault(id(tensor), name), []).append(name)
+        self._sources, self.misfit = self._matched()
+
+    def names(self, wanted: Callable[[str], bool]) -> list[str]:
+        """First names of the weights that are wanted under any of their names."""
+        return [name for name, aliases in self._aliases.items() if any(map(wanted, aliases))]
+
+    def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """Weights by first name, one after the other, in the model's dtype on its device; copies, not views of files.
+
+        Raises:
+            ModelLoadError: a file is damaged.
+        """
+        stored = {self._sources[name]: name for name in names}
+        for source, tensor in self.checkpoint.read(stored):
+            dtype = self.weight(stored[source]).dtype
+            yield stored[source], tensor.to(device=self.device, dtype=dtype, copy=True)
+
+    @contextmanager
+    def present(self, wanted: Callable[[str], bool]) -> Iterator[None]:
+        """Weights whose names are wanted are in their places inside, and gone after it with all that was done to them.
+
+        Raises:
+            ModelLoadError: a file is damaged.
+        """
+        names = self.names(wanted)
+        before = {name: self.weight(name) for name in names}
+        try:
+            for name, tensor in self.read(names):
+                self._put(name, tensor)
+            yield
+        finally:
+            for name, absent in before.items():
+                self._put(name, absent)
+
+    def _matched(self) -> tuple[dict[str, str], Misfit]:
+        """Which tensor in the files each weight is. Some tools leave out the prefix of the model's body, or add it."""
+        known = {alias: name for name, aliases in self._aliases.items() for alias in aliases}
+        prefix = f"{self.model.base_model_prefix}."
+        sources: dict[str, str] = {}
+        misfit = Misfit([], [], [])
+        for stored, found in self.checkpoint.shapes.items():
+            spellings = (stored, prefix + stored, stored.removeprefix(prefix))
+            alias = next((spelling for spelling in spellings if spelling in known), None)
+            if alias is None:
+                if not any(self._may_be_left(spelling) for spelling in spellings):
+                    misfit.surplus.append(stored)
+                continue
+            name = known[alias]
+            if name in sources:
+                self._check_equal(sources[name], stored)
+            sources[name] = stored
+            if found != (expected := tuple(self.weight(name).shape)):
+                misfit.mismatched.append((name, found, expected))
+        misfit.missing.extend(name for name in self._aliases if name not in sources)
+        return sources, misfit
+
+    def _check_equal(self, one: str, other: str) -> None:
+        (_, first), (_, second) = self.checkpoint.read([one, other])
+        if not torch.equal(first, second):
+            raise ModelLoadError(
+                f"{one} and {other} are one weight by config.json and different ones in the files; "
+                "set tie_word_embeddings to false there if both are meant"
+            )
+
+    def _may_be_left(self, name: str) -> bool:
+        """Whether the model makes this tensor itself, or says that old files hold it for nothing."""
+        ignored = [*_MADE_BY_THE_MODEL, *(self.model._keys_to_ignore_on_load_unexpected or ())]
+        return name in dict(self.model.named_buffers()) or any(re.search(pattern, name) for pattern in ignored)
+
+    def weight(self, name: str) -> Tensor:
+        """A weight by its name, as it is now: on the meta device unless it is present."""
+        parent, _, own = name.rpartition(".")
+        tensor: Tensor = getattr(self.model.get_submodule(parent), own)
+        return tensor
+
+    def _put(self, name: str, tensor: Tensor) -> None:
+        buffer = not isinstance(self.weight(name), nn.Parameter)
+        value = tensor if buffer or isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=False)
+        for alias in self._aliases[name]:
+            parent, _, own = alias.rpartition(".")
+            setattr(self.model.get_submodule(parent), own, value)

@@ -1,0 +1,293 @@
+"""Prune a checkpoint to a checkpoint, block by block: the model is never held whole, and no finished block is lost."""
+
+import copy
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import pandas as pd
+import torch
+from jaxtyping import Int
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from sparselab import files, preflight
+from sparselab.errors import OutputError, UnsupportedModelError
+from sparselab.journal import Journal, read_journal
+from sparselab.methods import Settings
+from sparselab.models.blocks import Decoder
+from sparselab.models.checkpoint import INDEX, checksum, write_index, write_shard
+from sparselab.models.inputs import check_tokens
+from sparselab.models.loading import quiet
+from sparselab.models.streamed import StreamedModel
+from sparselab.progress import Progress
+from sparselab.pruning import Report, check_calib, check_model, walk_all
+from sparselab.ranks import Ranks
+from sparselab.walk import Row
+
+_CARD = """# {name}, pruned
+
+{zeros:.2%} of the weights of {count} linear layers are zero, by {how}. Embeddings, norms and head are as they were.
+
+| | |
+|---|---|
+| method | {method} |
+| pattern | {pattern} |
+| mean relative error of the layers' outputs, on calibration tokens | {error:.4f} |
+| calibration | {calibration} |
+| perplexity | not measured; `sparselab eval` does |
+| made by | sparselab {version} |
+
+`report.csv` has a row for each layer, `sparselab.json` all settings and versions, `journal.jsonl` the checksums. Zeros
+are stored like any number: the files are as large as before.
+"""
+
+
+def prune_checkpoint(
+    model: StreamedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    calib: Any,
+    out: str | Path,
+    settings: Settings | None = None,
+    *,
+    batch_size: int | None = None,
+    spill: bool = False,
+    resume: bool = False,
+    overwrite: bool = False,
+    force: bool = False,
+    progress: Progress = True,
+    tell: Callable[[str], object] = lambda _: None,
+    record: Mapping[str, Any] = MappingProxyType({}),
+    ranks: Ranks | None = None,
+) -> Report:
+    """Prune a model that is not in memory, and write a checkpoint that `from_pretrained` opens.
+
+    One block at a time is read, pruned as `prune` would, and written. Killed at any moment, it goes on after the last
+    block that was written, with the same weights in the end as if it had not been.
+
+    Args:
+        model, tokenizer: from `stream`.
+        calib: token windows; see `prune`. None for magnitude, whose layer errors are then not known.
+        out: folder for the pruned model.
+        settings: what to do to each layer.
+        batch_size, progress: see `prune`.
+        spill: keep hidden states on disk beside the output, not in memory.
+        resume: go on where an earlier call with the same arguments was interrupted, if one was.
+        overwrite: replace what an earlier call has written to `out`.
+        force: begin even if memory or disk do not seem to suffice.
+        tell: called with a line about what the work will take, and with one about anything that has to be done again.
+        record: what else the output should say about how it was made: the dataset, its seed.
+        ranks: from `joined`, where several processes share the work; all are given the same arguments.
+
+    Returns:
+        A report with one row a layer; its seconds are those of this call. Of several processes the first has it all.
+
+    Raises:
+        OutputError: `out` cannot be written, another process writes to it, or it holds what an earlier call has
+            finished: without `resume`, or of other settings or inputs.
+        ModelLoadError: a file is damaged.
+        NotEnoughMemoryError: see `force`.
+        LostRankError: another process has ended.
+        ValueError, SparselabError: see `prune`.
+    """
+    settings, ranks = settings or Settings(), ranks or Ranks()
+    check_calib(settings.method, calib)
+    decoder = Decoder(model)
+    windows = None if calib is None else check_tokens(decoder, calib)
+    work = _work(model, settings, windows, batch_size)
+    if resume and (rows := _finished(Path(out), work)):
+        return Report(pd.DataFrame(rows), settings, 0.0, {}, 0)
+    with _work_folder(out, overwrite, model, ranks) as folder:
+        journal = Journal(folder / files.JOURNAL, work, resume) if ranks.leads else None
+        shards = _Shards(folder, model, decoder, journal, ranks)
+        if journal and journal.damage:
+            tell(journal.damage)
+        check_model(model, [settings])
+        to_do = len(decoder.blocks) - shards.done
+        needs = preflight.estimate(decoder, settings, windows, batch_size, to_do, shards.bytes_to_write(), spill, ranks)
+        if not force:
+            preflight.check(needs, decoder.device, folder)
+        if ranks.leads:
+            tell(f"{needs} to go; {shards.done} of {len(decoder.blocks)} blocks are done")
+        hidden = folder / f"hidden-{ranks.rank}" if spill else None
+        if hidden:
+            hidden.mkdir()
+        report = walk_all(
+            decoder,
+            settings,
+            windows,
+            {},
+            batch_size,
+            progress if ranks.leads else False,
+            keeper=shards,
+            spill=hidden,
+            ranks=ranks,
+        )
+        if hidden:
+            shutil.rmtree(hidden)
+        ranks.wait(decoder.device)
+        if ranks.leads:
+            shards.finish()
+            _describe(folder, model, tokenizer, report, dict(record) | work)
+    return report
+
+
+def _work_folder(out: str | Path, overwrite: bool, model: StreamedModel, ranks: Ranks) -> AbstractContextManager[Path]:
+    if ranks.leads:
+        return files.resumable_output(out, overwrite, [model.checkpoint.folder])
+    return nullcontext(files.unfinished_folder(out))
+
+
+class _Shards:
+    """The files of the output: one for each block, then those for the rest; a `Keeper`."""
+
+    def __init__(
+        self, folder: Path, model: StreamedModel, decoder: Decoder, journal: Journal | None, ranks: Ranks
+    ) -> None:
+        self._folder, self._model, self._decoder, self._journal = folder, model, decoder, journal
+        blocks = [self._names(index) for index in range(len(decoder.blocks))]
+        if len(set().union(*blocks)) < sum(map(len, blocks)):
+            raise UnsupportedModelError("expected blocks with weights of their own; some share theirs")
+        groups = blocks + _grouped(model, model.names(decoder.is_outside), max(map(self._bytes, blocks)))
+        self._shards = {
+            f"model-{number:05d}-of-{len(groups):05d}.safetensors": names for number, names in enumerate(groups, 1)
+        }
+        done = torch.tensor([self._undamaged(journal) if journal else 0], device=decoder.device)
+        ranks.broadcast(done, 0)  # which holds the others up until the folder is as it should be
+        self.done = int(done)  # blocks
+
+    def bytes_to_write(self) -> int:
+        """What is still to come."""
+        return sum(self._bytes(names) for names in list(self._shards.values())[self.done :])
+
+    def kept(self, index: int) -> list[Row] | None:
+        """See `Keeper`."""
+        if index >= self.done:
+            return None
+        return self._journal.entries[index]["rows"] if self._journal else []
+
+    def restore(self, index: int, block: nn.Module) -> None:
+        """See `Keeper`."""
+        prefix = self._decoder.block_prefix(index)
+        tensors = load_file(self._folder / list(self._shards)[index])
+        block.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in tensors.items()})
+
+    def keep(self, index: int, rows: list[Row]) -> None:
+        """See `Keeper`."""
+        if self._journal is None:
+            return
+        name = list(self._shards)[index]
+        digest = write_shard(self._folder / name, {each: self._model.weight(each) for each in self._shards[name]})
+        self._journal.append({"block": index, "file": name, "sha256": digest, "rows": rows})
+
+    def finish(self) -> None:
+        """Write what is in no block, and the index."""
+        for name in list(self._shards)[len(self._decoder.blocks) :]:
+            digest = write_shard(self._folder / name, dict(self._model.read(self._shards[name])))
+            if self._journal:
+                self._journal.append({"block": None, "file": name, "sha256": digest, "rows": []})
+        weights = {shard: {name: self._model.weight(name) for name in names} for shard, names in self._shards.items()}
+        write_index(self._folder, weights)
+
+    def _undamaged(self, journal: Journal) -> int:
+        """How many blocks' files are as they were written, one after the other; what else lies there is removed."""
+        del journal.entries[len(self._decoder.blocks) :]  # what is in no block is written anew
+        for number, entry in enumerate(journal.entries):
+            if not _intact(self._folder, entry):
+                journal.drop(number, f"{entry['file']}: is missing or damaged")
+                break
+        files.clear(self._folder, keep=[entry["file"] for entry in journal.entries])
+        return len(journal.entries)
+
+    def _names(self, index: int) -> list[str]:
+        prefix = self._decoder.block_prefix(index)
+        return self._model.names(lambda name: name.startswith(prefix))
+
+    def _bytes(self, names: Iterable[str]) -> int:
+        return sum(self._model.weight(name).nbytes for name in names)
+
+
+def _grouped(model: StreamedModel, names: list[str], most: int) -> list[list[str]]:
+    """Names in groups of at most so many bytes, or of one weight."""
+    groups: list[list[str]] = []
+    size = most
+    for name in names:
+        size += model.weight(name).nbytes
+        if size > most:
+            groups.append([])
+            size = model.weight(name).nbytes
+        groups[-1].append(name)
+    return groups
+
+
+def _work(
+    model: StreamedModel, settings: Settings, windows: Int[Tensor, "n seqlen"] | None, batch_size: int | None
+) -> dict[str, Any]:
+    """Everything that the result depends on."""
+    folder = model.checkpoint.folder
+    return {
+        "settings": {name: str(value) for name, value in asdict(settings).items()} | {"pattern": str(settings.pattern)},
+        "windows": None if windows is None else list(windows.shape),
+        "tokens": None if windows is None else hashlib.sha256(windows.cpu().numpy().tobytes()).hexdigest(),
+        "batch_size": batch_size,
+        "dtype": str(model.model.dtype),
+        "device": model.device.type,
+        "versions": {name: version(name) for name in ("sparselab", "torch", "transformers")},
+        "inputs": {
+            str(path.relative_to(folder)): checksum(path) for path in [folder / "config.json", *model.checkpoint.files]
+        },
+    }
+
+
+def _finished(out: Path, work: dict[str, Any]) -> list[Row]:
+    """The rows of an output that is finished and the result of this very work; none if it is not."""
+    said, entries = read_journal(out / files.JOURNAL)
+    if said != work or files.read_stamp(out) is None:
+        return []
+    index = json.loads((out / INDEX).read_text(encoding="utf-8"))["weight_map"]
+    sound = {entry["file"] for entry in entries if _intact(out, entry)}
+    if damaged := sorted(set(index.values()) - sound):
+        raise OutputError(f"{out / damaged[0]}: is missing or damaged; prune again, with --overwrite")
+    return [row for entry in entries for row in entry["rows"]]
+
+
+def _intact(folder: Path, entry: dict[str, Any]) -> bool:
+    path = folder / entry["file"]
+    return path.is_file() and checksum(path) == str(entry["sha256"])
+
+
+def _describe(
+    folder: Path, model: StreamedModel, tokenizer: PreTrainedTokenizerBase, report: Report, record: dict[str, Any]
+) -> None:
+    """Everything that belongs to a checkpoint besides its weights."""
+    source, settings = model.checkpoint.folder, report.settings
+    config = copy.deepcopy(model.model.config)
+    config.architectures, config.dtype = [type(model.model).__name__], model.model.dtype
+    with quiet():
+        config.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    if (source / "generation_config.json").is_file():
+        shutil.copyfile(source / "generation_config.json", folder / "generation_config.json")
+    report.layers.to_csv(folder / "report.csv", index=False)
+    windows, of = record["windows"], record.get("dataset")
+    card = _CARD.format(
+        name=record.get("model", source.name),
+        zeros=report.sparsity,
+        count=len(report.layers),
+        how=f"{settings.method} at {settings.pattern}",
+        method=settings.method,
+        pattern=settings.pattern,
+        error=report.relative_error,
+        calibration="none" if windows is None else f"{windows[0]} × {windows[1]} tokens" + (f" of {of}" if of else ""),
+        version=version("sparselab"),
+    )
+    files.write_text(folder / "README.md", card)
+    files.write_stamp(folder, "prune", record)

@@ -1,0 +1,185 @@
+"""The block walk: calibrate a block, solve its layers, store the result, send the hidden states on."""
+
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from sparselab import solvers
+from sparselab.calibration import Collected, Stream, advance_streams, observe
+from sparselab.errors import SparselabError
+from sparselab.methods import METHODS, Settings
+from sparselab.models.blocks import Decoder, Linear, find_linears, read_weight, write_weight
+from sparselab.ranks import Ranks
+from sparselab.resources import Stopwatch
+from sparselab.solvers import InputStatistics
+
+Row = dict[str, Any]  # of a report: what became of one layer
+_MEASURED = ("sparsity", "relative_error", "tokens", "seconds")
+
+
+@runtime_checkable
+class Keeper(Protocol):
+    """Who is told of each pruned block, and asked for blocks that were pruned before."""
+
+    def kept(self, index: int) -> list[Row] | None:
+        """The report's rows of a block that is done already; None if it is not."""
+
+    def restore(self, index: int, block: nn.Module) -> None:
+        """Put the pruned weights of a block that is done in place of its dense ones."""
+
+    def keep(self, index: int, rows: list[Row]) -> None:
+        """Take note of a block that has been pruned, while its weights are there."""
+
+
+@dataclass
+class Walk:
+    """One walk through the blocks of a model.
+
+    Args:
+        decoder: the model.
+        settings: what is done to each layer.
+        watch: told where time goes.
+        streams: what enters the first block; moves on with the walk. Empty if no tokens are needed.
+        collected: statistics to use where there are no streams.
+        keeper: needed for a streamed model, whose pruned weights are nowhere else.
+        ranks: who takes part; each with streams of its own, all with the same blocks.
+    """
+
+    decoder: Decoder
+    settings: Settings
+    watch: Stopwatch
+    streams: list[Stream] = field(default_factory=list)
+    collected: Collected = field(default_factory=dict)
+    keeper: Keeper | None = None
+    ranks: Ranks = field(default_factory=Ranks)
+
+    def prune_block(self, index: int) -> Iterator[Row]:
+        """Prune a block, or take it as it was pruned before; hidden states have moved on when the last row has come."""
+        dense, last = self.settings.propagate == "dense", index + 1 == len(self.decoder.blocks)
+        foresee = dense and not last
+        with ExitStack() as stack:
+            with self.watch.stage("read") if self.decoder.streamed else nullcontext():
+                block = stack.enter_context(self.decoder.block(index))
+            done = self.keeper.kept(index) if self.keeper else None
+            if done is None:
+                rows = []
+                for row in self._prune_layers(index, foresee):
+                    rows.append(row)
+                    yield row
+                if self.keeper:
+                    with self.watch.stage("write"):
+                        self.keeper.keep(index, rows)
+            else:
+                yield from done
+                if self.keeper and not dense:
+                    self.keeper.restore(index, block)
+            if not last:
+                with self.watch.stage("forward"):
+                    advance_streams(self.decoder, index, self.streams, foresee and done is None)
+
+    def _prune_layers(self, index: int, foresee: bool) -> Iterator[Row]:
+        """Each process solves its share of the layers; then all have all."""
+        linears, prefix = find_linears(self.decoder.blocks[index]), self.decoder.block_prefix(index)
+        observed = self._observe(index, linears, foresee)
+        groups = sharing(linears, observed)
+        owners = self.ranks.owners([_cost([linears[name] for name in names]) for names in groups])
+        owned = {name: owner for names, owner in zip(groups, owners, strict=True) for name in names}
+        done: dict[str, Row] = {}
+        for names in (names for names in groups if owned[names[0]] == self.ranks.rank):
+            rows = self._solve([linears[name] for name in names], observed.get(names[0]))
+            for name in names:
+                try:
+                    done[name] = {"block": index, "layer": name} | next(rows)
+                except SparselabError as error:
+                    raise type(error)(f"{prefix}{name}: {error}") from error
+                yield done[name]
+            if self.streams:  # nobody needs the statistics again
+                for name in names:
+                    del observed[name]
+        for name, linear in linears.items() if self.ranks.world > 1 else ():
+            with self.watch.stage("exchange"):
+                row = self._exchange(linear, done.get(name), owned[name])
+            if name not in done:
+                yield {"block": index, "layer": name} | row
+
+    def _observe(self, index: int, linears: dict[str, Linear], foresee: bool) -> Collected:
+        """Statistics of what enters each layer of a block, by its name there: of all processes' tokens."""
+        if not self.streams:
+            prefix = self.decoder.block_prefix(index)
+            return {name: self.collected[prefix + name] for name in linears if prefix + name in self.collected}
+        with self.watch.stage("forward"):
+            hessian = collects(self.settings) == "hessian"
+            observed = observe(self.decoder, index, self.streams, hessian, foresee, self.watch)
+        with self.watch.stage("exchange") if self.ranks.world > 1 else nullcontext():
+            for seen in {id(observed[name]): observed[name] for name in linears}.values():  # in one order for all
+                seen.total(self.ranks.add_up)
+        return observed
+
+    def _solve(self, linears: list[Linear], seen: InputStatistics | None) -> Iterator[Row]:
+        """Solve layers that see the same inputs together; store one after the other."""
+        method, started = METHODS[self.settings.method], time.perf_counter()
+        weights = [read_weight(linear) for linear in linears]
+        seen = seen or InputStatistics(weights[0].shape[1], with_hessian=False)  # no tokens: magnitude asks for none
+        if method.needs == "hessian":
+            with self.watch.stage("factorise"):
+                seen.factor(self.settings.percdamp)
+        with self.watch.stage("sweep"):
+            results = iter(method.solve(weights, seen, self.settings))
+        size, taken = sum(weight.numel() for weight in weights), 0.0
+        for linear, weight in zip(linears, weights, strict=True):
+            with self.watch.stage("sweep"):
+                pruned = next(results)  # which looks whether it is finite, so that on a GPU too it is done now
+            taken = taken or time.perf_counter() - started
+            d_out, d_in = weight.shape
+            with self.watch.stage("error"):
+                error = self._relative_error(weight, pruned, seen)
+            write_weight(linear, pruned)
+            yield {
+                "d_out": d_out,
+                "d_in": d_in,
+                "sparsity": solvers.realised_sparsity(pruned),
+                "relative_error": error,
+                "tokens": seen.tokens,
+                "seconds": taken * weight.numel() / size,
+            }
+
+    def _relative_error(self, weight: Tensor, pruned: Tensor, seen: InputStatistics) -> float:
+        known = seen.tokens and collects(self.settings) == "hessian"
+        return solvers.relative_error(weight, pruned, seen.hessian) if known else float("nan")
+
+    def _exchange(self, linear: Linear, row: Row | None, owner: int) -> Row:
+        """Everyone gets the owner's weight and what it measured."""
+        weight = read_weight(linear).clone(memory_format=torch.contiguous_format)
+        self.ranks.broadcast(weight, owner)
+        write_weight(linear, weight)
+        measured = torch.tensor([row[name] if row else 0.0 for name in _MEASURED], dtype=torch.float64)
+        measured = measured.to(weight.device)
+        self.ranks.broadcast(measured, owner)
+        d_out, d_in = weight.shape
+        found = dict(zip(_MEASURED, measured.tolist(), strict=True))
+        return {"d_out": d_out, "d_in": d_in} | found | {"tokens": int(found["tokens"])}
+
+
+def sharing(linears: dict[str, Linear], observed: Collected) -> list[list[str]]:
+    """Names of layers that see the same inputs and keep their weights alike, in one list each; others alone."""
+    groups: dict[Any, list[str]] = {}
+    for name, linear in linears.items():
+        key = (id(observed[name]), linear.weight.dtype, linear.weight.device) if name in observed else name
+        groups.setdefault(key, []).append(name)
+    return list(groups.values())
+
+
+def collects(settings: Settings) -> str:
+    """What statistics a run collects: "nothing", "feature norms" or "hessian"."""
+    return "hessian" if settings.measure_error else METHODS[settings.method].needs
+
+
+def _cost(linears: list[Linear]) -> float:
+    """Of solving layers that see the same inputs, in operations; what other methods do grows alike."""
+    d_in = read_weight(linears[0]).shape[1]
+    return d_in**3 / 3 + d_in * sum(linear.weight.numel() for linear in linears)
