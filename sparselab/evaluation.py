@@ -79,18 +79,16 @@ def perplexity(
     if tokens.shape[1] < 2:
         raise ValueError("tokens: expected windows of at least 2 tokens, since the first is not predicted")
     losses = []
-    parts = list(batches(tokens, batch_size, decoder.device))
     # A batch goes through the whole model before the next one, unless each block has to be read from a file first.
-    rounds = [parts] if decoder.streamed else [[part] for part in parts]
+    rounds = [tokens] if decoder.streamed else list(batches(tokens, batch_size, decoder.device))
     with (
         evaluating(decoder.model),
         tracked(progress, len(rounds) * len(decoder.blocks), "perplexity", "block") as advance,
     ):
-        for together in rounds:
-            nll = _losses(decoder, together, spill, advance)
-            losses += nll
-            if bad := [batch for batch, loss in zip(together, nll, strict=True) if not loss.isfinite().all()]:
-                raise NonFiniteError(f"perplexity: the loss is not finite; {_first_bad_block(decoder, bad[0])}")
+        for windows in rounds:
+            losses.append(_losses(decoder, windows, batch_size, spill, advance))
+            if (bad := ~losses[-1].isfinite()).any():
+                raise NonFiniteError(f"perplexity: the loss is not finite; {_first_bad_block(decoder, windows[bad])}")
     return Perplexity(torch.cat(losses), tokens.shape[1])
 
 
@@ -122,16 +120,22 @@ def bits_per_byte(ppl: Perplexity, tokens: Int[Tensor, "windows seqlen"], tokeni
 
 
 def _losses(
-    decoder: Decoder, together: list[Tensor], spill: Path | None, advance: Callable[[int], object]
-) -> list[Tensor]:
-    """The loss of each window of each batch, on the CPU; all batches pass a block before the next is looked at."""
-    streams = enter(decoder, torch.cat(together), len(together[0]), spill)
+    decoder: Decoder,
+    windows: Int[Tensor, "n seqlen"],
+    batch_size: int | None,
+    spill: Path | None,
+    advance: Callable[[int], object],
+) -> Float[Tensor, " n"]:
+    """The loss of each window, on the CPU; all of them pass a block before the next is looked at."""
+    streams = enter(decoder, windows, batch_size, spill)
+    parts = batches(windows, batch_size, decoder.device)
     for index in range(len(decoder.blocks)):
         with decoder.block(index):
             advance_streams(decoder, index, streams)
         advance(1)
     with decoder.outside():
-        return [_head_losses(decoder, stream.hidden, b).cpu() for stream, b in zip(streams, together, strict=True)]
+        losses = [_head_losses(decoder, stream.hidden, b) for stream, b in zip(streams, parts, strict=True)]
+    return torch.cat(losses).cpu()
 
 
 def _head_losses(
@@ -148,7 +152,7 @@ def _head_losses(
 
 
 def _first_bad_block(decoder: Decoder, batch: Int[Tensor, "batch seq"]) -> str:
-    streams = enter(decoder, batch, len(batch))
+    streams = enter(decoder, batch[:1], 1)
     names = ["the embedding", *(f"{decoder.blocks_name}.{index}" for index in range(len(decoder.blocks)))]
     for index, name in enumerate(names):
         if not streams[0].hidden.isfinite().all():

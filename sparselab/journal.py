@@ -31,23 +31,22 @@ class Journal:
 
     def __init__(self, path: Path, work: dict[str, Any], resume: bool) -> None:
         self.path, self.damage = path, ""
-        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-        said = [_parsed(line) for line in lines]
-        sound = next((number for number, entry in enumerate(said) if entry is None), len(said))
-        if sound < len(lines):
-            self.damage = f"{path.name}: line {sound + 1} is damaged; what it and later ones say is done again"
-        self.entries = [entry for entry in said[1:sound] if entry is not None]
+        said, self.entries, damaged = _read(path)
+        if damaged:
+            self.damage = f"{path.name}: line {damaged} is damaged; what it and later ones say is done again"
         if not self.entries:
-            self._rewrite([_line(work)])
+            self._work = work
+            self._rewrite()
             return
         if not resume:
             raise OutputError(
                 f"{path.parent}: holds what an interrupted run has finished; pass --resume to go on with it, "
                 "or delete that folder to start anew"
             )
-        _check_same(path, said[0] or {}, json.loads(json.dumps(work)))
+        self._work = said or {}
+        _check_same(path, self._work, json.loads(json.dumps(work)))
         if self.damage:
-            self._rewrite(lines[:sound])
+            self._rewrite()
 
     def append(self, entry: dict[str, Any]) -> None:
         """Add a finished piece of work; it is on the disk when this returns."""
@@ -57,26 +56,34 @@ class Journal:
             os.fsync(file.fileno())
         self.entries.append(entry)
 
-    def drop(self, number: int, why: str) -> None:
-        """Forget an entry and all after it, since what it speaks of is not there any more."""
-        self.damage = f"{why}; it and what came after it is done again"
-        lines = self.path.read_bytes().splitlines(keepends=True)
+    def drop(self, number: int, why: str = "") -> None:
+        """Forget an entry and all after it: what it speaks of is damaged, if `why` says so, or is done again anyway."""
+        if why:
+            self.damage = f"{why}; it and what came after it is done again"
         self.entries = self.entries[:number]
-        self._rewrite(lines[: 1 + number])
+        self._rewrite()
 
-    def _rewrite(self, lines: list[bytes]) -> None:
+    def _rewrite(self) -> None:
         with written_whole(self.path) as partial:
-            partial.write_bytes(b"".join(lines))
+            partial.write_bytes(b"".join(map(_line, [self._work, *self.entries])))
 
 
 def read_journal(path: Path) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
     """What work a journal is about, None if that cannot be told, and what of it is finished; changes nothing."""
-    try:
-        said = [_parsed(line) for line in path.read_bytes().splitlines(keepends=True)]
-    except OSError:
-        return None, []
-    sound = next((number for number, entry in enumerate(said) if entry is None), len(said))
-    return (said[0] if sound else None), [entry for entry in said[1:sound] if entry is not None]
+    work, entries, _ = _read(path)
+    return work, entries
+
+
+def _read(path: Path) -> tuple[dict[str, Any] | None, list[dict[str, Any]], int]:
+    """The work, what of it is finished, and the number of the first damaged line; 0 if there is none."""
+    sound: list[dict[str, Any]] = []
+    damaged = 0
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True) if path.is_file() else [], 1):
+        if (entry := _parsed(line)) is None:
+            damaged = number
+            break
+        sound.append(entry)
+    return (sound[0] if sound else None), sound[1:], damaged
 
 
 def _line(entry: dict[str, Any]) -> bytes:

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from sparselab import files
+from sparselab import files, solvers
 from sparselab.calibration import enter, observe
 from sparselab.errors import NotEnoughMemoryError
 from sparselab.methods import Settings
@@ -62,23 +62,23 @@ def estimate(
         ranks: those who share the windows and the solves; bytes are those of this process.
     """
     with evaluating(decoder.model), PeakMemory(decoder.device) as probe:
-        started = time.perf_counter()
-        with decoder.block(0) as block:
-            read = time.perf_counter() - started
-            weights = {name: tuple(read_weight(linear).shape) for name, linear in find_linears(block).items()}
-        hidden, passes, groups = 0, 0.0, [[name] for name in weights]
+        streams, seen, hidden, passes = [], {}, 0, 0.0
         if windows is not None and collects(settings) != "nothing":
             own = ranks.part(windows)
             parts = list(batches(own, batch_size, decoder.device))
             streams = enter(decoder, parts[0], len(parts[0]))
-            with decoder.block(0) as block:
-                started = time.perf_counter()
-                seen = observe(decoder, 0, streams, collects(settings) == "hessian", False)
-                passes = 2 * len(parts) * (time.perf_counter() - started)
-                groups = sharing(find_linears(block), seen)
             copies = 2 if settings.propagate == "dense" else 1
             hidden = copies * streams[0].hidden.nbytes * len(own) // len(parts[0])
-    work, flop = _solve([[weights[name] for name in group] for group in groups], settings)
+        started = time.perf_counter()
+        with decoder.block(0) as block:
+            read = time.perf_counter() - started
+            if streams:
+                seen = observe(decoder, 0, streams, collects(settings) == "hessian", False)
+                passes = 2 * len(parts) * (time.perf_counter() - started - read)
+            linears = find_linears(block)
+            groups = sharing(linears, seen)
+    shapes = [[tuple(read_weight(linears[name]).shape) for name in group] for group in groups]
+    work, flop = _solve(shapes, settings)
     memory = probe.bytes + work + (0 if spill else hidden)
     again = len(decoder.blocks) - to_do  # blocks whose hidden states are computed once more
     seconds = to_do * (3 * read + passes + flop / _rate(decoder.device) / ranks.world) + again * (read + passes / 2)
@@ -107,7 +107,7 @@ def _solve(groups: list[list[tuple[int, ...]]], settings: Settings) -> tuple[int
         d_out, d_in = sum(rows for rows, _ in shapes), shapes[0][1]
         if settings.method == "sparsegpt":
             most = max(most, 4 * (d_in * d_in + 4 * d_out * d_in))
-            flop += (d_in**3 / 3 + d_out * d_in**2) / _SHARE_OF_RATE
+            flop += solvers.least_flop(d_out, d_in) / _SHARE_OF_RATE
         if settings.measure_error:
             flop += 4 * d_out * d_in**2
     return most, flop

@@ -35,7 +35,8 @@ from sparselab.walk import Row
 
 _CARD = """# {name}, pruned
 
-{zeros:.2%} of the weights of {count} linear layers are zero, by {how}. Embeddings, norms and head are as they were.
+{zeros:.2%} of the weights of {count} linear layers are zero, by {method} at {pattern}.
+Embeddings, norms and head are as they were.
 
 | | |
 |---|---|
@@ -157,16 +158,15 @@ class _Shards:
         if len(set().union(*blocks)) < sum(map(len, blocks)):
             raise UnsupportedModelError("expected blocks with weights of their own; some share theirs")
         groups = blocks + _grouped(model, model.names(decoder.is_outside), max(map(self._bytes, blocks)))
-        self._shards = {
-            f"model-{number:05d}-of-{len(groups):05d}.safetensors": names for number, names in enumerate(groups, 1)
-        }
+        self._files = [f"model-{number:05d}-of-{len(groups):05d}.safetensors" for number in range(1, len(groups) + 1)]
+        self._shards = dict(zip(self._files, groups, strict=True))
         done = torch.tensor([self._undamaged(journal) if journal else 0], device=decoder.device)
         ranks.broadcast(done, 0)  # which holds the others up until the folder is as it should be
         self.done = int(done)  # blocks
 
     def bytes_to_write(self) -> int:
         """What is still to come."""
-        return sum(self._bytes(names) for names in list(self._shards.values())[self.done :])
+        return sum(self._bytes(self._shards[name]) for name in self._files[self.done :])
 
     def kept(self, index: int) -> list[Row] | None:
         """See `Keeper`."""
@@ -177,20 +177,20 @@ class _Shards:
     def restore(self, index: int, block: nn.Module) -> None:
         """See `Keeper`."""
         prefix = self._decoder.block_prefix(index)
-        tensors = load_file(self._folder / list(self._shards)[index])
+        tensors = load_file(self._folder / self._files[index])
         block.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in tensors.items()})
 
     def keep(self, index: int, rows: list[Row]) -> None:
         """See `Keeper`."""
         if self._journal is None:
             return
-        name = list(self._shards)[index]
+        name = self._files[index]
         digest = write_shard(self._folder / name, {each: self._model.weight(each) for each in self._shards[name]})
         self._journal.append({"block": index, "file": name, "sha256": digest, "rows": rows})
 
     def finish(self) -> None:
         """Write what is in no block, and the index."""
-        for name in list(self._shards)[len(self._decoder.blocks) :]:
+        for name in self._files[len(self._decoder.blocks) :]:
             digest = write_shard(self._folder / name, dict(self._model.read(self._shards[name])))
             if self._journal:
                 self._journal.append({"block": None, "file": name, "sha256": digest, "rows": []})
@@ -199,7 +199,7 @@ class _Shards:
 
     def _undamaged(self, journal: Journal) -> int:
         """How many blocks' files are as they were written, one after the other; what else lies there is removed."""
-        del journal.entries[len(self._decoder.blocks) :]  # what is in no block is written anew
+        journal.drop(len(self._decoder.blocks))  # what is in no block is written anew
         for number, entry in enumerate(journal.entries):
             if not _intact(self._folder, entry):
                 journal.drop(number, f"{entry['file']}: is missing or damaged")
@@ -282,7 +282,6 @@ def _describe(
         name=record.get("model", source.name),
         zeros=report.sparsity,
         count=len(report.layers),
-        how=f"{settings.method} at {settings.pattern}",
         method=settings.method,
         pattern=settings.pattern,
         error=report.relative_error,

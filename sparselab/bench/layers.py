@@ -95,7 +95,7 @@ def _row(
     }
     seconds = interleaved(candidates, repeats, device)
     loop, ours, product = (median(seconds[name]) for name in candidates)
-    floor = (d_in**3 / 3 + d_out * d_in**2) / (2 * _RATE_SIZE**3) * product
+    floor = solvers.least_flop(d_out, d_in) / (2 * _RATE_SIZE**3) * product
     errors = [solvers.layer_error(weight, each(), hessian) for each in (solve, loop_solve)]
     return {
         "d_out": d_out,

@@ -51,7 +51,7 @@ def column_loop(
             if isinstance(pattern, NM) and i % pattern.group == 0:
                 these = slice(i, i + pattern.group)
                 scores = block[:, these] ** 2 / corner.diagonal()[these].reshape(1, -1) ** 2
-                lowest = scores.topk(pattern.group - pattern.kept, dim=1, largest=False).indices
+                lowest = scores.topk(pattern.pruned, dim=1, largest=False).indices
                 mask.scatter_(1, i + lowest, True)
             q = w.clone()
             q[mask[:, i]] = 0

@@ -38,15 +38,12 @@ def load(
     """
     place = existing_device(device)
     source, options = _found(name)
-    with quiet():
-        try:
-            # Tokenizer first: it is quick to open, and quick to miss.
-            tokenizer = AutoTokenizer.from_pretrained(source, **options)
-            opened: Any = AutoModelForCausalLM.from_pretrained(
-                source, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
-            )
-        except Exception as error:  # transformers, safetensors, json and tokenizers each raise their own
-            raise ModelLoadError(f"{name}: {_why_not(source, error)}") from error
+    with _opening(name, source):
+        # Tokenizer first: it is quick to open, and quick to miss.
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        opened: Any = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
     model, info = opened
     misfit = Misfit(*(sorted(info[f"{kind}_keys"]) for kind in ("missing", "unexpected", "mismatched")))
     if trouble := _misfit(model, misfit):
@@ -64,24 +61,28 @@ def stream(
     """
     place = existing_device(device)
     source, options = _found(name)
+    with _opening(name, source):
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        folder = Path(source)
+        if not folder.exists():
+            folder = Path(snapshot_download(source, allow_patterns=_WHAT_A_MODEL_NEEDS, **options))
+        wanted = None if dtype == "auto" else getattr(torch, str(dtype).removeprefix("torch."))
+        streamed = StreamedModel(Checkpoint(folder), place, wanted)
+    if trouble := _misfit(streamed.model, streamed.misfit):
+        raise ModelLoadError(f"{name}: {trouble}")
+    return streamed, tokenizer
+
+
+@contextmanager
+def _opening(name: str | Path, source: str) -> Iterator[None]:
+    """Say in one way why a model cannot be opened: transformers, safetensors, json and tokenizers each raise theirs."""
     with quiet():
         try:
-            tokenizer = AutoTokenizer.from_pretrained(source, **options)
-            folder = Path(source)
-            if not folder.exists():
-                folder = Path(snapshot_download(source, allow_patterns=_WHAT_A_MODEL_NEEDS, **options))
-            streamed = StreamedModel(
-                Checkpoint(folder),
-                place,
-                None if dtype == "auto" else getattr(torch, str(dtype).removeprefix("torch.")),
-            )
+            yield
         except ModelLoadError:
             raise
         except Exception as error:
             raise ModelLoadError(f"{name}: {_why_not(source, error)}") from error
-    if trouble := _misfit(streamed.model, streamed.misfit):
-        raise ModelLoadError(f"{name}: {trouble}")
-    return streamed, tokenizer
 
 
 def existing_device(device: str | torch.device | None = None) -> torch.device:

@@ -13,7 +13,7 @@ from sparselab.solvers.hessian import (
 from sparselab.solvers.kernels import Kernel, block_sweeper
 from sparselab.solvers.magnitude import magnitude
 from sparselab.solvers.reconstruction import reconstruct
-from sparselab.solvers.sparsegpt import sparsegpt, sweep, sweep_together
+from sparselab.solvers.sparsegpt import least_flop, sparsegpt, sweep, sweep_together
 from sparselab.solvers.sparsity import (
     NM,
     Pattern,
@@ -43,6 +43,7 @@ __all__ = [
     "factorise",
     "keep_largest",
     "layer_error",
+    "least_flop",
     "magnitude",
     "parse_sparsity",
     "pattern_from_counts",

@@ -82,6 +82,11 @@ def sweep(
     return next(sweep_together([weight], factor, sparsity, blocksize, None if keep is None else [keep], kernel))
 
 
+def least_flop(d_out: int, d_in: int) -> float:
+    """What a solve cannot do without: the Cholesky factor, and a triangular product with the weight; in operations."""
+    return d_in**3 / 3 + d_out * d_in**2
+
+
 @torch.no_grad()
 @full_precision()
 def sweep_together(

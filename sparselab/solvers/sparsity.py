@@ -61,6 +61,11 @@ class NM:
         return f"{self.kept}:{self.group}"
 
     @property
+    def pruned(self) -> int:
+        """Weights that go of each group."""
+        return self.group - self.kept
+
+    @property
     def fraction(self) -> float:
         """Fraction of weights pruned."""
         return 1 - self.kept / self.group
@@ -147,7 +152,7 @@ def survivors(scores: Float[Tensor, "*groups size"], pattern: Pattern) -> Bool[T
     if isinstance(pattern, NM):
         pattern.check(scores.shape[-1], pattern.group)
         groups = scores.unflatten(-1, (-1, pattern.group))
-        return ~lowest(groups, pattern.group - pattern.kept).flatten(-2)
+        return ~lowest(groups, pattern.pruned).flatten(-2)
     return ~lowest(scores, round(pattern.fraction * scores.shape[-1]))
 
 

@@ -12,6 +12,7 @@ from sparselab.solvers import (
     damped,
     factorise,
     layer_error,
+    least_flop,
     magnitude,
     realised_sparsity,
     reconstruct,
@@ -334,3 +335,8 @@ def test_too_few_tokens_without_damping_is_an_error():
     W, _, H = layer(4, 30, tokens=5)
     with pytest.raises(SingularHessianError, match="30 inputs is not positive definite with percdamp 0"):
         sparsegpt(W.float(), H.float() - 1e-3 * torch.eye(30), 0.5, percdamp=0.0)
+
+
+def test_the_floor_counts_the_factor_once_and_the_product_by_rows():
+    assert least_flop(0, 30) == 9000
+    assert least_flop(7, 30) - least_flop(0, 30) == 7 * 900

@@ -29,7 +29,7 @@ def sweep_block(
 ) -> None:
     """Compensated weights of one block to pruned ones, in place; see `kernels.block_sweeper`."""
     flags = torch.empty(0, 0, dtype=torch.bool) if remove is None else remove.contiguous()
-    group, pruned = (choose.group, choose.group - choose.kept) if choose else (0, 0)
+    group, pruned = (choose.group, choose.pruned) if choose else (0, 0)
     padded = torch.nn.functional.pad(push, (0, 0, 0, _TOGETHER - 1))  # the last columns look beyond them, for nothing
     threads = torch.get_num_threads()
     with _ONE_AT_A_TIME:

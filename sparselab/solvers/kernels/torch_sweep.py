@@ -32,7 +32,7 @@ def sweep_block(
             if choose:
                 W[few].addmm_(push[few, first:start], removed[first:start])
                 scores = W[few].abs().mul_(importance[few, None])
-                flags[few] = lowest_of_few(scores, group - choose.kept)
+                flags[few] = lowest_of_few(scores, choose.pruned)
             before = removed[few].T  # of the columns still to come it holds zeros
             for (w, flag, out), pushed in zip(columns[few], push[few, few], strict=True):
                 w.addmv_(before, pushed)

@@ -42,7 +42,7 @@ def sweep_block(
             rows,
             width,
             GROUP=choose.group if choose else 0,
-            PRUNED=choose.group - choose.kept if choose else 0,
+            PRUNED=choose.pruned if choose else 0,
             WIDTH=triton.next_power_of_2(width),
             TILE=_TILE,
         )
