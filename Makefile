@@ -13,7 +13,7 @@ help: ## list the targets
 
 # torch first and alone: another package that pulled it in might pick a newer build, gigabytes larger.
 $(VENV)/base: pyproject.toml constraints.txt
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "sparselab needs Python 3.11 or newer: make PYTHON=python3.11")'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "sparselab needs Python 3.11 or newer: make PYTHON=python3.11")'
 	@echo "Installing into $(VENV); a few minutes the first time."
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch
