@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 DEMO_OUT ?= demo
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lab lint types check notebooks bench clean
+.PHONY: help demo test scale lab lint types check notebooks bench clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -24,6 +24,10 @@ $(VENV)/test: $(VENV)/base
 	$(PIP) -e '.[test]'
 	@touch $@
 
+$(VENV)/scale: $(VENV)/base
+	$(PIP) -e '.[scale]'
+	@touch $@
+
 # Threads that sleep while they wait: an eighth slower on an idle machine, several times quicker on a busy one.
 demo lab: export OMP_WAIT_POLICY ?= PASSIVE
 
@@ -32,6 +36,8 @@ demo: $(VENV)/base ## prune the bundled model three ways and print what each cos
 
 test: $(VENV)/test ## run every test that this machine can
 	$(BIN)/python -m pytest
+
+scale: $(VENV)/scale ## add DeepSpeed, for models partitioned by ZeRO-3
 
 lab: $(VENV)/base ## open JupyterLab on the notebooks
 	$(BIN)/jupyter lab notebooks

@@ -144,12 +144,13 @@ class LayerStudy:
         progress: Progress = True,
     ) -> None:
         self.name, self.text, self.seed, self.sizes = name, text or TextConfig(eval_nsamples=64), seed, sorted(sizes)
-        to = self.text
+        decoder, to = Decoder(model), self.text
+        decoder.check_whole()
         calib = corpora.calibration_tokens(tokenizer, to.dataset, max(sizes), to.seqlen, seed)
         held_out = corpora.evaluation_tokens(tokenizer, to.eval_dataset, to.eval_nsamples, to.seqlen)
         self._nested = collect_nested(model, calib, sizes, progress=progress, blocks=blocks)
         self._held_out = collect(model, held_out, progress=False, blocks=blocks)
-        linears = Decoder(model).linears()
+        linears = decoder.linears()
         self._weights = {layer: read_weight(linears[layer]) for layer in self._held_out}
         self.ask = lru_cache(maxsize=64)(self._ask)
         self.spectrum = lru_cache(maxsize=64)(self._spectrum)

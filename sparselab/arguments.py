@@ -70,6 +70,7 @@ def _add_prune(commands: Any, runs: Runs) -> None:
     _add_output(parser, "folder for the pruned model")
     parser.add_argument("--resume", action="store_true", help="go on where an interrupted run stopped, if one was")
     _add_spill(parser)
+    parser.add_argument("--zero", action="store_true", help="with torchrun: partition the model among processes")
     parser.add_argument("--force", action="store_true", help="begin even if memory or disk do not seem to suffice")
     parser.add_argument("--method", type=_method, default="sparsegpt", help="magnitude, wanda or sparsegpt")
     parser.add_argument("--sparsity", type=_sparsity, default="50%", help="0.5, 50%% or 2:4 (default: 50%%)")
@@ -137,7 +138,11 @@ def _add_train(commands: Any, runs: Runs) -> None:
 
 def _command(commands: Any, name: str, runs: Runs, what: str, example: str) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(
-        name, help=what, description=what[0].upper() + what[1:] + ".", epilog=f"example: {example}"
+        name,
+        help=what,
+        description=what[0].upper() + what[1:] + ".",
+        epilog=f"example: {example}",
+        allow_abbrev=False,  # nobody should trust a model's code by a slip of the finger
     )
     parser.set_defaults(run=runs[name])
     parser.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
@@ -150,6 +155,9 @@ def _add_model(parser: argparse.ArgumentParser, optional: bool = False) -> None:
         parser.add_argument("model", nargs="?", default="tiny", help=f"{what} (default: tiny)")
     else:
         parser.add_argument("model", help=what)
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run Python code that comes with the model (never abbreviated)"
+    )
 
 
 def _add_output(parser: argparse.ArgumentParser, what: str) -> None:

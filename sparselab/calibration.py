@@ -36,7 +36,7 @@ def collect(
     All Hessians are held at once; layers that see the same input share one.
 
     Args:
-        model, calib, batch_size: see `prune`.
+        model, calib, batch_size: see `prune`. All processes of a partitioned model have to make this call alike.
         progress: a bar over blocks; see `sparselab.progress`.
         blocks: indices of the blocks to collect, to save memory; None is all.
 

@@ -80,7 +80,9 @@ def _compare(options: argparse.Namespace) -> None:
         seed=options.seed,
     )
     with files.finished_output(options.out, options.overwrite, _inputs(options)) as folder:
-        model, tokenizer = load(options.model, options.device, options.dtype)
+        model, tokenizer = load(
+            options.model, options.device, options.dtype, trust_remote_code=options.trust_remote_code
+        )
         minutes = estimate_seconds(model, config) / 60
         runs = len(config.runs())
         _say(f"{runs} pruned models to make and to measure: about {minutes:.1f} minutes on this machine.")
@@ -106,7 +108,13 @@ def _prune(options: argparse.Namespace) -> None:
     with joined() as ranks:
         if ranks.leads and not options.resume:
             files.check_output(options.out, options.overwrite, _inputs(options))  # before anything is read
-        model, tokenizer = stream(options.model, own_device(options.device), options.dtype)
+        model, tokenizer = stream(
+            options.model,
+            own_device(options.device),
+            options.dtype,
+            zero=options.zero,
+            trust_remote_code=options.trust_remote_code,
+        )
         report = prune_checkpoint(
             model,
             tokenizer,
@@ -146,7 +154,7 @@ def _eval(options: argparse.Namespace) -> None:
     from sparselab.evaluation import bits_per_byte, perplexity
     from sparselab.models import stream
 
-    model, tokenizer = stream(options.model, options.device, options.dtype)
+    model, tokenizer = stream(options.model, options.device, options.dtype, trust_remote_code=options.trust_remote_code)
     tokens = corpora.evaluation_tokens(tokenizer, options.dataset, options.nsamples, options.seqlen)
     with TemporaryDirectory(prefix="sparselab-") as hidden:
         result = perplexity(model, tokens, options.batch_size, spill=Path(hidden) if options.spill else None)
@@ -167,7 +175,7 @@ def _bench(options: argparse.Namespace) -> None:
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     opened = layers = model = None
     if options.only != "layers":  # before anything is timed: a wrong name should not be found out after minutes
-        loaded, tokenizer = load(options.model, str(device), options.dtype)
+        loaded, tokenizer = load(options.model, str(device), options.dtype, trust_remote_code=options.trust_remote_code)
         given = options.dataset, options.nsamples, options.seqlen, options.seed
         opened = loaded, corpora.calibration_tokens(tokenizer, *given)
     if options.only != "model":

@@ -63,7 +63,7 @@ def perplexity(
 
     Args:
         model: a `transformers` causal language model, on any device; or one from `stream`, each block of which is then
-            read once.
+            read once. All processes of a partitioned model have to make this call alike.
         tokens: from `evaluation_tokens`, or any LongTensor of ids.
         batch_size: windows at a time; None chooses by the device.
         progress: a bar over blocks; see `sparselab.progress`.
@@ -79,8 +79,8 @@ def perplexity(
     if tokens.shape[1] < 2:
         raise ValueError("tokens: expected windows of at least 2 tokens, since the first is not predicted")
     losses = []
-    # A batch goes through the whole model before the next one, unless each block has to be read from a file first.
-    rounds = [tokens] if decoder.streamed else list(batches(tokens, batch_size, decoder.device))
+    # A batch goes through the whole model before the next one, unless each block has to be fetched first.
+    rounds = [tokens] if not decoder.residence.whole else list(batches(tokens, batch_size, decoder.device))
     with (
         evaluating(decoder.model),
         tracked(progress, len(rounds) * len(decoder.blocks), "perplexity", "block") as advance,
@@ -146,7 +146,8 @@ def _head_losses(
     total = torch.zeros(len(batch), dtype=torch.float64, device=hidden.device)
     for start in range(0, targets.shape[1], step):
         piece = targets[:, start : start + step]
-        logits = decoder.head(hidden[:, start : start + piece.shape[1]])
+        # The head, or accelerate after it, may be on another device than the last block.
+        logits = decoder.head(hidden[:, start : start + piece.shape[1]]).to(hidden.device)
         total += F.cross_entropy(logits.transpose(1, 2).float(), piece, reduction="none").double().sum(dim=1)
     return total / targets.shape[1]
 

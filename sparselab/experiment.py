@@ -133,6 +133,7 @@ class Workbench:
             tokenizer, self.text.eval_dataset, self.text.eval_nsamples, self.text.seqlen
         )
         self._decoder = Decoder(model)
+        self._decoder.check_whole()
         self._dense_weights = {name: read_weight(linear).clone() for name, linear in self._decoder.linears().items()}
         self._identity = {"model": name, "weights": _fingerprint(model), "version": __version__}
         self._results: dict[RunConfig, Result] = {}

@@ -154,7 +154,7 @@ def check_space(folder: Path, needed: int) -> None:
     if free < needed:
         raise OutputError(
             f"{folder.parent}: the output takes {needed / 1e6:.0f} MB, found {free / 1e6:.0f} MB free; "
-            "make room or choose another --out"
+            "make room or write elsewhere"
         )
 
 

@@ -13,7 +13,7 @@ from sparselab import files, solvers
 from sparselab.calibration import enter, observe
 from sparselab.errors import NotEnoughMemoryError
 from sparselab.methods import Settings
-from sparselab.models.blocks import Decoder, evaluating, find_linears, read_weight
+from sparselab.models.blocks import Decoder, evaluating, find_linears, weight_shape
 from sparselab.models.inputs import batches
 from sparselab.ranks import Ranks
 from sparselab.resources import PeakMemory, available_memory
@@ -77,7 +77,7 @@ def estimate(
                 passes = 2 * len(parts) * (time.perf_counter() - started - read)
             linears = find_linears(block)
             groups = sharing(linears, seen)
-    shapes = [[tuple(read_weight(linears[name]).shape) for name in group] for group in groups]
+    shapes = [[weight_shape(linears[name]) for name in group] for group in groups]
     work, flop = _solve(shapes, settings)
     memory = probe.bytes + work + (0 if spill else hidden)
     again = len(decoder.blocks) - to_do  # blocks whose hidden states are computed once more
@@ -100,7 +100,7 @@ def check(needs: Needs, device: torch.device, folder: Path) -> None:
         )
 
 
-def _solve(groups: list[list[tuple[int, ...]]], settings: Settings) -> tuple[int, float]:
+def _solve(groups: list[list[tuple[int, int]]], settings: Settings) -> tuple[int, float]:
     """Bytes that the largest solve works with, and floating point operations of all of a block."""
     most, flop = 0, 0.0
     for shapes in groups:

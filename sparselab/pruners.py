@@ -39,16 +39,14 @@ class _Pruner:
             prunen: weights *pruned* of every `prunem`, as in the published code (2 of 4 is "2:4", 3 of 4 is "1:4").
             prunem: size of a group; 0 is unstructured.
             percdamp: of SparseGPT.
-            use_zero: prune a model partitioned by DeepSpeed ZeRO-3; not available yet.
+            use_zero: the model is partitioned by DeepSpeed ZeRO-3.
             settings: further arguments of `sparselab.prune`.
 
         Raises:
             ValueError, TypeError, SparselabError: see `sparselab.prune`.
         """
-        if use_zero:
-            raise ValueError("use_zero: models partitioned by DeepSpeed are not supported yet; load the model whole")
         pattern = pattern_from_counts(sparsity, prunen, prunem)
-        self.report = prune(self.model, calib_data, self.method, pattern, percdamp, **settings)
+        self.report = prune(self.model, calib_data, self.method, pattern, percdamp, use_zero=use_zero, **settings)
         return self.model
 
 

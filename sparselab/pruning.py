@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pandas as pd
+import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -16,15 +17,16 @@ from sparselab import solvers
 from sparselab.calibration import Collected, enter
 from sparselab.errors import NonFiniteError, SparselabError
 from sparselab.methods import METHODS, Settings
-from sparselab.models.blocks import Decoder, evaluating, find_linears, read_weight
+from sparselab.models.blocks import Decoder, evaluating, find_linears, read_weight, weight_shape
 from sparselab.models.inputs import check_tokens
 from sparselab.models.streamed import StreamedModel
+from sparselab.models.zero import has_optimizer, is_partitioned
 from sparselab.progress import Progress, tracked
-from sparselab.ranks import Ranks
+from sparselab.ranks import Ranks, everyone
 from sparselab.resources import PeakMemory, Stopwatch
 from sparselab.solvers import Pattern
 from sparselab.solvers.checks import all_finite
-from sparselab.walk import Keeper, Row, Walk, collects
+from sparselab.walk import Keeper, Row, Walk, collects, in_order
 
 
 @dataclass(frozen=True)
@@ -38,9 +40,9 @@ class Report:
         settings: what was asked for.
         seconds: wall time of the whole walk.
         stages: seconds of it by what they went into: forward passes, statistics, factorise, sweep (the solve, of
-            whatever method), error (measuring it); read and write, of a streamed model;
-            exchange, between processes.
-        peak_memory: bytes taken besides the model; see `PeakMemory`.
+            whatever method), error (measuring it); read and write, of a model whose weights lie
+            elsewhere; exchange, between processes.
+        peak_memory: bytes taken besides the model, on the device of its embedding; see `PeakMemory`.
     """
 
     layers: pd.DataFrame
@@ -74,6 +76,7 @@ def prune(
     kernel: solvers.Kernel = "auto",
     batch_size: int | None = None,
     progress: Progress = True,
+    use_zero: bool = False,
 ) -> Report:
     """Prune the linear layers of every decoder block in place; embeddings and head are left alone.
 
@@ -81,7 +84,8 @@ def prune(
     blocks before it are already pruned: load the model again.
 
     Args:
-        model: a `transformers` causal language model on any device, in float32, float16 or bfloat16.
+        model: a `transformers` causal language model in float32, float16 or bfloat16, on any device or, by
+            `device_map`, on several, in main memory and on disk; or partitioned by DeepSpeed ZeRO-3, see `use_zero`.
         calib: LongTensor [n, seqlen], a list of rows, a DataLoader, or a list of `(input, target)` pairs; or what
             `collect` made of such windows and the dense model, which then serves any number of runs without another
             forward pass (`propagate` is "dense" then). May be None for magnitude, whose layer errors are then not
@@ -91,25 +95,37 @@ def prune(
         percdamp, blocksize, propagate, measure_error, kernel: see `Settings`.
         batch_size: windows in one forward pass; None chooses by the device. Memory, not results, depends on it.
         progress: a bar over layers; see `sparselab.progress`.
+        use_zero: the model is partitioned by ZeRO-3, and all its processes make this call with the same arguments. One
+            block at a time is gathered; windows and layers are shared out among them, and each gets the report.
 
     Returns:
         A report with one row a layer.
 
     Raises:
-        ValueError: an argument is wrong, or the tokens do not fit the model.
+        ValueError: an argument is wrong, the tokens do not fit the model, or its weights cannot be put back where they
+            are.
         TypeError: an argument is of the wrong kind.
+        OutputError: there is no room on disk for pruned weights of an offloaded model.
         UnsupportedModelError: no decoder blocks are found, or they keep weights outside of linear layers.
         NonFiniteError: weights, inputs or outputs are NaN or infinite; the layer is named.
         SingularHessianError: a damped Hessian is not positive definite; the layer is named.
+        LostRankError: another process has ended.
     """
     collected = calib if isinstance(calib, dict) else None
     pattern = solvers.parse_sparsity(sparsity)
     view = propagate if collected is None else "dense"
     settings = Settings(method, pattern, percdamp, blocksize, view, measure_error and calib is not None, kernel)
     check_calib(method, calib)
-    decoder = check_model(model, [settings], collected)
+    decoder = Decoder(model)
+    decoder.residence.check_write_back(lambda name: not decoder.is_outside(name))
+    _check_zero(model, use_zero)
+    check_model(model, [settings], collected)
     windows = None if calib is None or collected is not None else check_tokens(decoder, calib)
-    return walk_all(decoder, settings, windows, collected or {}, batch_size, progress)
+    ranks = everyone() if use_zero else Ranks()
+    if windows is not None:
+        ranks.check_same("calib", windows.cpu().numpy().tobytes(), decoder.device)
+    bar = progress if ranks.leads else False
+    return walk_all(decoder, settings, windows, collected or {}, batch_size, bar, ranks=ranks)
 
 
 def walk_all(
@@ -147,7 +163,8 @@ def walk_all(
     ):
         started, watch = time.perf_counter(), Stopwatch(decoder.device)
         walk = Walk(decoder, settings, watch, [], collected, keeper, ranks)
-        if windows is not None and collects(settings) != "nothing":
+        finished = keeper is not None and keeper.kept(len(decoder.blocks) - 1) is not None
+        if windows is not None and collects(settings) != "nothing" and not finished:
             with watch.stage("forward"):
                 walk.streams = enter(decoder, ranks.part(windows), batch_size, spill)
         for index in range(len(decoder.blocks)):
@@ -155,7 +172,7 @@ def walk_all(
                 rows.append(row)
                 advance(1)
         stages, seconds = watch.seconds(), time.perf_counter() - started
-    return Report(pd.DataFrame(rows), settings, seconds, stages, memory.bytes)
+    return Report(pd.DataFrame(in_order(decoder, rows)), settings, seconds, stages, memory.bytes)
 
 
 def check_calib(method: str, calib: Any) -> None:
@@ -165,7 +182,10 @@ def check_calib(method: str, calib: Any) -> None:
 
 
 def check_model(
-    model: PreTrainedModel | StreamedModel, runs: Sequence[Settings], collected: Collected | None = None
+    model: PreTrainedModel | StreamedModel,
+    runs: Sequence[Settings],
+    collected: Collected | None = None,
+    ranks: Ranks | None = None,
 ) -> Decoder:
     """The model taken apart, once everything that can be known to fail in pruning it has been looked at.
 
@@ -173,6 +193,7 @@ def check_model(
         model: the model; not changed.
         runs: what would be done to it, each time from the weights that it has now, which are read once.
         collected: statistics that would be used, if they are at hand.
+        ranks: processes that share this, each looking at some of the blocks.
 
     Raises:
         ValueError, SparselabError: see `prune`.
@@ -180,21 +201,42 @@ def check_model(
     decoder = Decoder(model)
     decoder.check_prunable()
     _check_settings(decoder, runs, collected)
-    for index in range(len(decoder.blocks)):
+    ranks = Ranks() if ranks is None or decoder.residence.collective else ranks
+    for index in range(ranks.rank, len(decoder.blocks), ranks.world):
         with decoder.block(index) as block:
             _check_weights(block, decoder.block_prefix(index))
-    if decoder.streamed:
-        _check_finite(decoder.streamed.read(decoder.streamed.names(decoder.is_outside)))
+    if decoder.streamed and not decoder.residence.collective:
+        if ranks.leads:  # one after the other: together they may be larger than a block
+            _check_finite(decoder.streamed.read(decoder.streamed.names(decoder.is_outside)))
     else:
-        _check_finite(param for param in decoder.model.named_parameters() if decoder.is_outside(param[0]))
+        with decoder.outside():
+            _check_finite(param for param in decoder.model.named_parameters() if decoder.is_outside(param[0]))
     return decoder
+
+
+def _check_zero(model: PreTrainedModel, use_zero: bool) -> None:
+    if use_zero and not is_partitioned(model):
+        raise ValueError(
+            "use_zero: expected a model that DeepSpeed ZeRO-3 has partitioned among processes, received one that this "
+            "process has whole; leave use_zero out"
+        )
+    if is_partitioned(model) and not use_zero:
+        raise ValueError(
+            "use_zero: expected True for a model that DeepSpeed ZeRO-3 has partitioned among processes, "
+            "received False; pass it in all of them"
+        )
+    if has_optimizer(model):
+        raise ValueError(
+            "use_zero: expected a model without an optimizer, which holds weights of its own and would bring the dense "
+            "ones back; save the model, and prune it outside of training"
+        )
 
 
 def _check_settings(decoder: Decoder, runs: Sequence[Settings], collected: Collected | None) -> None:
     """What shapes and devices alone can tell."""
     linears = decoder.linears()
     sweeps = [settings for settings in runs if settings.method == "sparsegpt"]
-    places = {decoder.device} if decoder.streamed else {linear.weight.device for linear in linears.values()}
+    places = {linear.weight.device for linear in linears.values()} - {torch.device("meta")} or {decoder.device}
     for device, settings in product(places, sweeps):
         solvers.block_sweeper(settings.kernel, settings.blocksize, device)
     if collected is not None and (lacking := [name for name in linears if name not in collected]):
@@ -204,7 +246,7 @@ def _check_settings(decoder: Decoder, runs: Sequence[Settings], collected: Colle
         )
     for name, linear in linears.items():
         for settings in runs:
-            d_in = read_weight(linear).shape[1]
+            d_in = weight_shape(linear)[1]
             try:
                 settings.pattern.check(d_in, settings.blocksize if settings in sweeps else d_in)
             except ValueError as error:

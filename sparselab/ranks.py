@@ -1,9 +1,11 @@
 """Several processes that share the work, as `torchrun` starts them: which of them is this, and who does what."""
 
+import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -11,6 +13,9 @@ from jaxtyping import Int
 from torch import Tensor
 
 from sparselab.errors import LostRankError
+
+# For processes that do not answer: a machine may vanish without closing its connections. Longer than any solve.
+_PATIENCE = timedelta(minutes=30)
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,7 @@ class Ranks:
             LostRankError: another process has ended.
         """
         if self.world > 1:
-            with _told():
+            with lost_rank_told():
                 dist.all_reduce(tensor)
 
     def broadcast(self, tensor: Tensor, source: int) -> None:
@@ -65,8 +70,26 @@ class Ranks:
             LostRankError: another process has ended.
         """
         if self.world > 1:
-            with _told():
+            with lost_rank_told():
                 dist.broadcast(tensor.view(torch.uint8), source)
+
+    def check_same(self, what: str, data: bytes, device: torch.device) -> None:
+        """Raise ValueError in every process where one has other data than the first; `what` names it."""
+        mine = torch.tensor(list(hashlib.sha256(data).digest()), dtype=torch.uint8, device=device)
+        first = mine.clone()
+        self.broadcast(first, 0)
+        if self.any(not torch.equal(mine, first), device):
+            raise ValueError(f"{what}: expected the same in all {self.world} processes, received different ones")
+
+    def any(self, fact: bool, device: torch.device) -> bool:
+        """Whether it is so in any process.
+
+        Raises:
+            LostRankError: another process has ended.
+        """
+        found = torch.tensor([float(fact)], device=device)
+        self.add_up(found)
+        return bool(found.item())
 
     def wait(self, device: torch.device) -> None:
         """Until all processes have come here.
@@ -79,16 +102,31 @@ class Ranks:
 
 @contextmanager
 def joined() -> Iterator[Ranks]:
-    """The processes that torchrun has started, in touch with each other inside; or this one alone."""
+    """The processes that torchrun has started, in touch with each other inside; or this one alone.
+
+    Who is ready waits for the others, as torchrun ends them all when one leaves before it is time.
+
+    Raises:
+        LostRankError: another process has ended before.
+    """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
         yield Ranks()
         return
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=_PATIENCE)
     try:
         yield Ranks(dist.get_rank(), world)
+        with lost_rank_told():
+            # And it gives gloo's threads time to let go of the last tensors: while Python ends, that would be a crash.
+            dist.barrier()
     finally:
         dist.destroy_process_group()
+
+
+def everyone() -> Ranks:
+    """All processes of a group that somebody else has made."""
+    return Ranks(dist.get_rank(), dist.get_world_size())
 
 
 def own_device(device: str | None) -> str | None:
@@ -99,13 +137,18 @@ def own_device(device: str | None) -> str | None:
 
 
 @contextmanager
-def _told() -> Iterator[None]:
+def lost_rank_told() -> Iterator[None]:
+    """Say in one way that another process is gone: each of torch's backends has its own words.
+
+    Raises:
+        LostRankError: another process has ended, or has not answered for half an hour.
+    """
     try:
         yield
     except RuntimeError as error:
-        if not isinstance(error, dist.DistError) and "onnection" not in str(error):
+        lost = ("onnection", "imed out")
+        if not isinstance(error, dist.DistError) and not any(words in str(error) for words in lost):
             raise
         raise LostRankError(
-            f"another process of this run has ended ({str(error).splitlines()[0]}); its own message says why; "
-            "go on with --resume"
+            f"another process of this run has ended ({str(error).splitlines()[0]}); its own message says why"
         ) from error

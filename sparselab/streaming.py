@@ -100,18 +100,24 @@ def prune_checkpoint(
         ValueError, SparselabError: see `prune`.
     """
     settings, ranks = settings or Settings(), ranks or Ranks()
+    if model.collective and ranks.world == 1:
+        raise ValueError(
+            "ranks: expected those from joined for a partitioned model, received none; each process has one"
+        )
     check_calib(settings.method, calib)
     decoder = Decoder(model)
     windows = None if calib is None else check_tokens(decoder, calib)
-    work = _work(model, settings, windows, batch_size)
-    if resume and (rows := _finished(Path(out), work)):
-        return Report(pd.DataFrame(rows), settings, 0.0, {}, 0)
+    work = _work(model, settings, windows, batch_size, ranks)
+    ranks.check_same("arguments", json.dumps(work).encode(), decoder.device)
+    finished = _finished(Path(out), work) if resume and ranks.leads else []
+    if ranks.any(bool(finished), decoder.device):
+        return Report(pd.DataFrame(finished), settings, 0.0, {}, 0)
     with _work_folder(out, overwrite, model, ranks) as folder:
         journal = Journal(folder / files.JOURNAL, work, resume) if ranks.leads else None
         shards = _Shards(folder, model, decoder, journal, ranks)
         if journal and journal.damage:
             tell(journal.damage)
-        check_model(model, [settings])
+        check_model(model, [settings], ranks=ranks)
         to_do = len(decoder.blocks) - shards.done
         needs = preflight.estimate(decoder, settings, windows, batch_size, to_do, shards.bytes_to_write(), spill, ranks)
         if not force:
@@ -194,8 +200,8 @@ class _Shards:
             digest = write_shard(self._folder / name, dict(self._model.read(self._shards[name])))
             if self._journal:
                 self._journal.append({"block": None, "file": name, "sha256": digest, "rows": []})
-        weights = {shard: {name: self._model.weight(name) for name in names} for shard, names in self._shards.items()}
-        write_index(self._folder, weights)
+        sizes = {shard: {name: self._model.nbytes(name) for name in names} for shard, names in self._shards.items()}
+        write_index(self._folder, sizes)
 
     def _undamaged(self, journal: Journal) -> int:
         """How many blocks' files are as they were written, one after the other; what else lies there is removed."""
@@ -212,7 +218,7 @@ class _Shards:
         return self._model.names(lambda name: name.startswith(prefix))
 
     def _bytes(self, names: Iterable[str]) -> int:
-        return sum(self._model.weight(name).nbytes for name in names)
+        return sum(map(self._model.nbytes, names))
 
 
 def _grouped(model: StreamedModel, names: list[str], most: int) -> list[list[str]]:
@@ -220,19 +226,24 @@ def _grouped(model: StreamedModel, names: list[str], most: int) -> list[list[str
     groups: list[list[str]] = []
     size = most
     for name in names:
-        size += model.weight(name).nbytes
+        size += model.nbytes(name)
         if size > most:
             groups.append([])
-            size = model.weight(name).nbytes
+            size = model.nbytes(name)
         groups[-1].append(name)
     return groups
 
 
 def _work(
-    model: StreamedModel, settings: Settings, windows: Int[Tensor, "n seqlen"] | None, batch_size: int | None
+    model: StreamedModel,
+    settings: Settings,
+    windows: Int[Tensor, "n seqlen"] | None,
+    batch_size: int | None,
+    ranks: Ranks,
 ) -> dict[str, Any]:
     """Everything that the result depends on."""
     folder = model.checkpoint.folder
+    inputs = [folder / "config.json", *model.checkpoint.files]
     return {
         "settings": {name: str(value) for name, value in asdict(settings).items()} | {"pattern": str(settings.pattern)},
         "windows": None if windows is None else list(windows.shape),
@@ -242,9 +253,20 @@ def _work(
         "device": model.device.type,
         "versions": {name: version(name) for name in ("sparselab", "torch", "transformers")},
         "inputs": {
-            str(path.relative_to(folder)): checksum(path) for path in [folder / "config.json", *model.checkpoint.files]
+            str(path.relative_to(folder)): digest
+            for path, digest in zip(inputs, _checksums(inputs, model.device, ranks), strict=True)
         },
     }
+
+
+def _checksums(paths: list[Path], device: torch.device, ranks: Ranks) -> list[str]:
+    """Of files that all processes can read; each reads some of them."""
+    digests = torch.zeros(len(paths), hashlib.sha256().digest_size, dtype=torch.uint8)
+    for number in range(ranks.rank, len(paths), ranks.world):
+        digests[number] = torch.tensor(list(bytes.fromhex(checksum(paths[number]))), dtype=torch.uint8)
+    digests = digests.to(device)
+    ranks.add_up(digests)
+    return [bytes(row).hex() for row in digests.tolist()]
 
 
 def _finished(out: Path, work: dict[str, Any]) -> list[Row]:
@@ -276,6 +298,9 @@ def _describe(
         tokenizer.save_pretrained(folder)
     if (source / "generation_config.json").is_file():
         shutil.copyfile(source / "generation_config.json", folder / "generation_config.json")
+    if hasattr(config, "auto_map"):  # names code that comes with the model
+        for path in source.glob("*.py"):
+            shutil.copyfile(path, folder / path.name)
     report.layers.to_csv(folder / "report.csv", index=False)
     windows, of = record["windows"], record.get("dataset")
     card = _CARD.format(

@@ -13,7 +13,7 @@ from sparselab import solvers
 from sparselab.calibration import Collected, Stream, advance_streams, observe
 from sparselab.errors import SparselabError
 from sparselab.methods import METHODS, Settings
-from sparselab.models.blocks import Decoder, Linear, find_linears, read_weight, write_weight
+from sparselab.models.blocks import Decoder, Linear, find_linears, read_weight, weight_shape, write_weight
 from sparselab.ranks import Ranks
 from sparselab.resources import Stopwatch
 from sparselab.solvers import InputStatistics
@@ -46,7 +46,7 @@ class Walk:
         watch: told where time goes.
         streams: what enters the first block; moves on with the walk. Empty if no tokens are needed.
         collected: statistics to use where there are no streams.
-        keeper: needed for a streamed model, whose pruned weights are nowhere else.
+        keeper: where pruned weights go; None leaves them in the model.
         ranks: who takes part; each with streams of its own, all with the same blocks.
     """
 
@@ -60,12 +60,15 @@ class Walk:
 
     def prune_block(self, index: int) -> Iterator[Row]:
         """Prune a block, or take it as it was pruned before; hidden states have moved on when the last row has come."""
+        done = self.keeper.kept(index) if self.keeper else None
+        if done is not None and not self.streams:
+            yield from done
+            return
         dense, last = self.settings.propagate == "dense", index + 1 == len(self.decoder.blocks)
         foresee = dense and not last
         with ExitStack() as stack:
-            with self.watch.stage("read") if self.decoder.streamed else nullcontext():
-                block = stack.enter_context(self.decoder.block(index))
-            done = self.keeper.kept(index) if self.keeper else None
+            with nullcontext() if self.decoder.residence.whole else self.watch.stage("read"):
+                block = stack.enter_context(self.decoder.block(index, write_back=self.keeper is None))
             if done is None:
                 rows = []
                 for row in self._prune_layers(index, foresee):
@@ -73,7 +76,7 @@ class Walk:
                     yield row
                 if self.keeper:
                     with self.watch.stage("write"):
-                        self.keeper.keep(index, rows)
+                        self.keeper.keep(index, in_order(self.decoder, rows))
             else:
                 yield from done
                 if self.keeper and not dense:
@@ -81,6 +84,9 @@ class Walk:
             if not last:
                 with self.watch.stage("forward"):
                     advance_streams(self.decoder, index, self.streams, foresee and done is None)
+            if not self.decoder.residence.whole:
+                with self.watch.stage("write"):  # where the block is to be written back
+                    stack.close()
 
     def _prune_layers(self, index: int, foresee: bool) -> Iterator[Row]:
         """Each process solves its share of the layers; then all have all."""
@@ -165,6 +171,12 @@ class Walk:
         return {"d_out": d_out, "d_in": d_in} | found | {"tokens": int(found["tokens"])}
 
 
+def in_order(decoder: Decoder, rows: list[Row]) -> list[Row]:
+    """As the layers stand in the model, whichever was solved first."""
+    places = {name: place for place, name in enumerate(decoder.linears())}
+    return sorted(rows, key=lambda row: places[decoder.block_prefix(row["block"]) + row["layer"]])
+
+
 def sharing(linears: dict[str, Linear], observed: Collected) -> list[list[str]]:
     """Names of layers that see the same inputs and keep their weights alike, in one list each; others alone."""
     groups: dict[Any, list[str]] = {}
@@ -181,5 +193,5 @@ def collects(settings: Settings) -> str:
 
 def _cost(linears: list[Linear]) -> float:
     """Of solving layers that see the same inputs; what other methods do grows alike."""
-    shapes = [read_weight(linear).shape for linear in linears]
+    shapes = [weight_shape(linear) for linear in linears]
     return solvers.least_flop(sum(d_out for d_out, _ in shapes), shapes[0][1])

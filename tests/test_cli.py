@@ -140,6 +140,7 @@ def test_train_and_resume(tmp_path, capsys, monkeypatch):
         (["prune", "FOLDER", "--out", "OUT", "--dataset", ""], "--dataset: expected 'stdlib', a text file or a folder"),
         (["compare", "FOLDER", "--out", "OUT", "--eval-dataset", ""], "--eval-dataset: expected 'stdlib'"),
         (["compare", "FOLDER", "--out", "OUT", "--batch-size", "4"], "unrecognized arguments: --batch-size"),
+        (["eval", "FOLDER", "--trust"], "unrecognized arguments: --trust"),
         (["eval", "FOLDER", "--seqlen", "1"], "--seqlen: expected at least 2, received 1"),
         (["train", "--out", "OUT", "--steps", "-5"], "--steps: expected at least 1, received -5"),
         (["train", "--out", "OUT", "--learning-rate", "nan"], "--learning-rate: expected at least 0, received nan"),
@@ -312,7 +313,7 @@ def test_devices_that_are_not_there(folder, text, device, capsys):
 def test_a_full_disk_shows_before_the_work(folder, text, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000}))
     message = fails(capsys, ["prune", folder, "--out", tmp_path / "out", "--dataset", text, *SMALL], 1)
-    assert "found 0 MB free; make room or choose another --out" in message
+    assert "found 0 MB free; make room or write elsewhere" in message
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "text.txt"]
 
 

@@ -30,10 +30,11 @@ def folder(tmp_path, tokenizer):
     return tmp_path / "model"
 
 
-def command(folder, text, out, ranks=1, windows=9, seqlen=32):
+def command(folder, text, out, *extra, ranks=1, windows=9, seqlen=32):
     several = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
     prune = ["-m", "sparselab", "prune", str(folder), "--out", str(out), "--dataset", str(text)]
-    return [sys.executable, *several, *prune, "--nsamples", str(windows), "--seqlen", str(seqlen), "--device", "cpu"]
+    size = ["--nsamples", str(windows), "--seqlen", str(seqlen), "--device", "cpu"]
+    return [sys.executable, *several, *prune, *size, *extra]
 
 
 def run(*arguments, **how):
@@ -41,7 +42,7 @@ def run(*arguments, **how):
 
 
 def report(out):
-    return pd.read_csv(out / "report.csv").sort_values(["block", "layer"], ignore_index=True)
+    return pd.read_csv(out / "report.csv")
 
 
 def test_alone_nothing_is_shared():
@@ -51,6 +52,8 @@ def test_alone_nothing_is_shared():
     assert torch.equal(alone.part(windows), windows)
     alone.add_up(windows)
     alone.broadcast(windows, 0)
+    assert alone.any(True, torch.device("cpu"))
+    assert not alone.any(False, torch.device("cpu"))
     assert torch.equal(windows, torch.arange(10).view(5, 2))
     with joined() as ranks:
         assert ranks == alone
@@ -78,18 +81,22 @@ def test_fewer_windows_than_processes_are_refused():
 
 
 @pytest.mark.slow
-def test_two_processes_do_what_one_does(folder, text, tmp_path):
+@pytest.mark.parametrize("extra", [[], ["--spill", "--propagate", "dense", "--sparsity", "2:4", "--batch-size", "2"]])
+def test_two_processes_do_what_one_does(folder, text, tmp_path, extra):
     """Nine windows: four for one, five for the other."""
     one, two = tmp_path / "one", tmp_path / "two"
-    done = run(folder, text, one)
+    done = run(folder, text, one, *extra)
     assert done.returncode == 0, done.stderr
-    done = run(folder, text, two, ranks=2)
+    done = run(folder, text, two, *extra, ranks=2)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("pruned by sparsegpt") == 1, "one speaks for all"
     expected, got = report(one), report(two)
     assert got[["block", "layer", "sparsity", "tokens"]].equals(expected[["block", "layer", "sparsity", "tokens"]])
     assert (got.relative_error - expected.relative_error).abs().max() < 1e-4
     assert not list(tmp_path.glob(".*"))
+    again = run(folder, text, two, *extra, "--resume", ranks=2)
+    assert again.returncode == 0, again.stderr
+    assert "0.0 s ()" in again.stdout, "all was done, and nothing is done again"
 
 
 @pytest.mark.slow
@@ -119,7 +126,8 @@ def test_a_dead_process_ends_the_others_and_another_number_goes_on(folder, text,
             second.kill()
     assert first.returncode == 1
     assert "error: another process of this run has ended" in printed
-    assert "go on with --resume; what was finished is kept in" in printed
+    assert "its own message says why; what was finished is kept in" in printed
+    assert "pass --resume to go on" in printed
     assert not out.exists()
     done = subprocess.run([*line, "--resume"], capture_output=True, text=True, check=False, env=ALONE)
     assert done.returncode == 0, done.stderr

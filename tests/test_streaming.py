@@ -116,6 +116,26 @@ def test_magnitude_needs_no_tokens(folder):
         pruned(folder, None, Settings("wanda"))
 
 
+def test_a_run_stopped_after_its_last_block_has_only_the_rest_to_write(folder, tokens, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("sparselab.streaming.write_index", interrupting)
+        pruned(folder, tokens)
+    resumed, report = pruned(folder, tokens, resume=True)
+    assert set(report.stages) == set(), "no block is read or run again"
+    whole, expected = in_memory(tiny_llama(), tokens)
+    assert same(resumed, whole)
+    assert report.layers.drop(columns="seconds").equals(expected.layers.drop(columns="seconds"))
+
+
+def interrupting(*_):
+    raise KeyboardInterrupt
+
+
+def test_a_streamed_model_is_not_pruned_in_place(folder, tokens):
+    with pytest.raises(ValueError, match="expected one that can be changed in place, received one that is streamed"):
+        prune(sparselab.stream(folder, "cpu")[0], tokens, progress=False)
+
+
 def test_the_output_is_a_checkpoint_like_any_other(folder, tokens, tmp_path, tokenizer):
     pruned(folder, tokens, record={"dataset": "stdlib"})
     out = tmp_path / "out"

@@ -203,6 +203,6 @@ def test_settings_that_cannot_work(name, value, words):
 
 def test_a_full_disk_shows_before_the_first_step(tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000}))
-    with pytest.raises(OutputError, match="MB free; make room or choose another --out"):
+    with pytest.raises(OutputError, match="MB free; make room or write elsewhere"):
         train(tmp_path / "deep" / "m", SMALL)
     assert list(tmp_path.iterdir()) == []

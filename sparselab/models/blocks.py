@@ -6,7 +6,7 @@ and hidden states travel from block to block outside the model.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple, cast
 
@@ -17,7 +17,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from sparselab.errors import UnsupportedModelError
+from sparselab.models.residence import Residence, residence_of
 from sparselab.models.streamed import StreamedModel
+from sparselab.models.zero import whole_shape
 
 Linear = nn.Linear | Conv1D
 
@@ -33,10 +35,10 @@ class Decoder:
     """A causal language model taken apart at its decoder blocks; the model itself is left as it is.
 
     Weights are looked at only inside of `block`, for those of one block, and `outside`, for all others: those of a
-    streamed model are nowhere else.
+    model that is streamed, offloaded or partitioned among processes are nowhere else.
 
     Args:
-        model: any `transformers` causal language model whose blocks are one `nn.ModuleList`, in memory or streamed.
+        model: any `transformers` causal language model whose blocks are one `nn.ModuleList`, wherever its weights are.
 
     Raises:
         TypeError: not a `transformers` model.
@@ -48,12 +50,13 @@ class Decoder:
         self.model: PreTrainedModel = model.model if isinstance(model, StreamedModel) else model
         self.blocks_name, self.blocks = _find_blocks(self.model)
         self.backbone = self.model.get_submodule(self.blocks_name.rpartition(".")[0])
+        self.residence: Residence | StreamedModel = self.streamed or residence_of(self.model)
         self._returns_tuple: bool | None = None
 
     @property
     def vocab_size(self) -> int:
         """Rows of the input embedding: token ids must lie below it."""
-        return cast(nn.Embedding, self.model.get_input_embeddings()).weight.shape[0]
+        return whole_shape(cast(nn.Embedding, self.model.get_input_embeddings()).weight)[0]
 
     @property
     def positions(self) -> int | None:
@@ -64,20 +67,18 @@ class Decoder:
     @property
     def device(self) -> torch.device:
         """Where token ids have to lie: the device of the input embedding."""
-        if self.streamed:
-            return self.streamed.device
-        return cast(nn.Embedding, self.model.get_input_embeddings()).weight.device
+        return self.residence.device
 
     @contextmanager
-    def block(self, index: int) -> Iterator[nn.Module]:
-        """A block with its weights in place. What is done to those of a streamed model is lost at the end."""
-        with self._present(lambda name: name.startswith(self.block_prefix(index))):
+    def block(self, index: int, write_back: bool = False) -> Iterator[nn.Module]:
+        """A block with its weights in place; `write_back`: what is done to them lasts."""
+        with self.residence.present(lambda name: name.startswith(self.block_prefix(index)), write_back):
             yield self.blocks[index]
 
     @contextmanager
     def outside(self, head: bool = True) -> Iterator[None]:
         """All weights in place but those of the blocks, and of the head if it is not asked for."""
-        with self._present(lambda name: self.is_outside(name) and (head or not self._is_head(name))):
+        with self.residence.present(lambda name: self.is_outside(name) and (head or not self._is_head(name))):
             yield
 
     def is_outside(self, name: str) -> bool:
@@ -103,13 +104,22 @@ class Decoder:
         """Raise UnsupportedModelError where blocks keep matrices outside of linear layers, as stacked experts do."""
         for name, module in self.blocks.named_modules(prefix=self.blocks_name):
             for own, parameter in module.named_parameters(recurse=False):
-                vector = parameter.numel() == max(parameter.shape, default=1)  # RWKV keeps some as [1, 1, d]
-                if parameter.ndim >= 3 and not vector and not isinstance(module, nn.modules.conv._ConvNd):
+                shape = whole_shape(parameter)
+                vector = shape.numel() == max(shape, default=1)  # RWKV keeps some as [1, 1, d]
+                if len(shape) >= 3 and not vector and not isinstance(module, nn.modules.conv._ConvNd):
                     raise UnsupportedModelError(
                         f"{name}.{own}: expected weights in linear layers, received a parameter "
-                        f"{tuple(parameter.shape)}; models that stack their experts' matrices (mixture of experts) "
+                        f"{tuple(shape)}; models that stack their experts' matrices (mixture of experts) "
                         "cannot be pruned yet"
                     )
+
+    def check_whole(self) -> None:
+        """Raise UnsupportedModelError where the model's weights are not in memory all the time."""
+        if not self.residence.whole:
+            raise UnsupportedModelError(
+                "expected a model whose weights are all in memory, received one that is offloaded, partitioned among "
+                "processes or streamed; prune, collect and perplexity can work with it"
+            )
 
     def embed(self, input_ids: Int[Tensor, "batch seq"]) -> tuple[Float[Tensor, "batch seq hidden"], list[Call]]:
         """Run everything before block 0, and record what each block would be called with.
@@ -164,9 +174,6 @@ class Decoder:
             logits: Tensor = self.model(input_ids=any_ids, use_cache=False).logits
         return logits
 
-    def _present(self, wanted: Callable[[str], bool]) -> AbstractContextManager[None]:
-        return self.streamed.present(wanted) if self.streamed else nullcontext()
-
     @contextmanager
     def _replay(self) -> Iterator[None]:
         # A model that passes its blocks other things than hidden states, or asks other things back, trips over it.
@@ -200,6 +207,12 @@ class Decoder:
 def find_linears(block: nn.Module) -> dict[str, Linear]:
     """The linear layers inside a block by name, in the order of their definition."""
     return {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+
+
+def weight_shape(linear: Linear) -> tuple[int, int]:
+    """(d_out, d_in) of the layer's weight, wherever that is."""
+    rows, columns = whole_shape(linear.weight)
+    return (columns, rows) if isinstance(linear, Conv1D) else (rows, columns)
 
 
 def read_weight(linear: Linear) -> Float[Tensor, "d_out d_in"]:
@@ -245,7 +258,7 @@ def _find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
             f"{type(model).__name__}: expected a causal language model whose {wanted} decoder blocks are one "
             "nn.ModuleList of modules with linear layers, and a head; found no such thing"
         )
-    return max(found, key=lambda item: sum(parameter.numel() for parameter in item[1].parameters()))
+    return max(found, key=lambda item: sum(whole_shape(parameter).numel() for parameter in item[1].parameters()))
 
 
 def _split_hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Call]:

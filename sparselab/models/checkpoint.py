@@ -82,10 +82,10 @@ def write_shard(path: Path, tensors: dict[str, Tensor]) -> str:
         raise OutputError(f"{path}: cannot be written ({error}); make room, and go on with --resume") from error
 
 
-def write_index(folder: Path, shards: dict[str, dict[str, Tensor]]) -> None:
-    """Say which of a folder's shards holds which tensors, by tensors of the same shapes: the last file of weights."""
-    places = {name: shard for shard, tensors in shards.items() for name in tensors}
-    size = sum(tensor.nbytes for tensors in shards.values() for tensor in tensors.values())
+def write_index(folder: Path, shards: dict[str, dict[str, int]]) -> None:
+    """Say which of a folder's shards holds which tensors, of how many bytes: the last file of weights."""
+    places = {name: shard for shard, sizes in shards.items() for name in sizes}
+    size = sum(sum(sizes.values()) for sizes in shards.values())
     text = json.dumps({"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}, indent=2)
     files.write_text(folder / INDEX, text + "\n")
 

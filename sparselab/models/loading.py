@@ -1,5 +1,6 @@
 """Open a causal language model and its tokenizer: the bundled one, a folder, or a hub id."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,9 +12,10 @@ from huggingface_hub.utils import logging as hub_logging
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from sparselab.errors import ModelLoadError
+from sparselab.errors import ModelLoadError, SparselabError
 from sparselab.models.checkpoint import Checkpoint
 from sparselab.models.streamed import Misfit, StreamedModel
+from sparselab.models.zero import PartitionedModel
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _SECONDS_FOR_THE_HUB = 5
@@ -22,7 +24,11 @@ _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken*", 
 
 
 def load(
-    name: str | Path, device: str | torch.device | None = None, dtype: str | torch.dtype = "auto"
+    name: str | Path,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype = "auto",
+    *,
+    trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Open a model for pruning or evaluation, in evaluation mode.
 
@@ -30,14 +36,16 @@ def load(
         name: "tiny" for the bundled model, a folder in the Hugging Face layout, or a hub id.
         device: where to put it; None is the first GPU if there is one, else the CPU.
         dtype: of the weights; "auto" takes what the model's configuration says.
+        trust_remote_code: run Python code that comes with the model, with all your rights and a warning. Only for
+            models that bring their own, and that you have looked at.
 
     Raises:
         ModelLoadError: nothing there, a damaged file, weights that are missing, do not fit or have no place, no
-            tokenizer, or not a causal language model.
+            tokenizer, code of its own that is not trusted, or not a causal language model.
         ValueError: there is no such device here.
     """
     place = existing_device(device)
-    source, options = _found(name)
+    source, options = _found(name, trust_remote_code)
     with _opening(name, source):
         # Tokenizer first: it is quick to open, and quick to miss.
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
@@ -52,24 +60,40 @@ def load(
 
 
 def stream(
-    name: str | Path, device: str | torch.device | None = None, dtype: str | torch.dtype = "auto"
+    name: str | Path,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype = "auto",
+    *,
+    zero: bool = False,
+    trust_remote_code: bool = False,
 ) -> tuple[StreamedModel, PreTrainedTokenizerBase]:
     """Open a model without reading its weights: each part of them is read when it is needed.
 
-    Args, Raises: see `load`; a model is also refused if its weights are not in safetensors files, or under other names
-        than current versions of transformers give them.
+    Args:
+        name, device, dtype, trust_remote_code: see `load`.
+        zero: read all weights once, and partition them among processes; see `PartitionedModel`.
+
+    Raises:
+        ModelLoadError, ValueError: see `load`; also if weights are not in safetensors files, or under other names than
+            current versions of transformers give them, and see `PartitionedModel.fill`.
     """
     place = existing_device(device)
-    source, options = _found(name)
+    source, options = _found(name, trust_remote_code)
     with _opening(name, source):
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         folder = Path(source)
         if not folder.exists():
-            folder = Path(snapshot_download(source, allow_patterns=_WHAT_A_MODEL_NEEDS, **options))
-        wanted = None if dtype == "auto" else getattr(torch, str(dtype).removeprefix("torch."))
-        streamed = StreamedModel(Checkpoint(folder), place, wanted)
+            wanted = [*_WHAT_A_MODEL_NEEDS, *(["*.py"] if trust_remote_code else [])]
+            folder = Path(
+                snapshot_download(source, allow_patterns=wanted, local_files_only=options["local_files_only"])
+            )
+        kind = None if dtype == "auto" else getattr(torch, str(dtype).removeprefix("torch."))
+        opened = PartitionedModel if zero else StreamedModel
+        streamed = opened(Checkpoint(folder), place, kind, trust_remote_code)
     if trouble := _misfit(streamed.model, streamed.misfit):
         raise ModelLoadError(f"{name}: {trouble}")
+    if isinstance(streamed, PartitionedModel):
+        streamed.fill()
     return streamed, tokenizer
 
 
@@ -79,7 +103,7 @@ def _opening(name: str | Path, source: str) -> Iterator[None]:
     with quiet():
         try:
             yield
-        except ModelLoadError:
+        except SparselabError:
             raise
         except Exception as error:
             raise ModelLoadError(f"{name}: {_why_not(source, error)}") from error
@@ -107,18 +131,21 @@ def tiny_folder() -> Path:
     return installed if installed.exists() else _PACKAGE.parent / "data" / "tiny"
 
 
-def _found(name: str | Path) -> tuple[str, dict[str, Any]]:
+def _found(name: str | Path, trust_remote_code: bool) -> tuple[str, dict[str, Any]]:
     """Where to open a model from, and with which options for that."""
+    if trust_remote_code:
+        warnings.warn(f"{name}: Python code that comes with this model is run, with all your rights", stacklevel=3)
+    options = {"trust_remote_code": trust_remote_code}  # where it is not said, transformers asks at the terminal
     where = tiny_folder() if name == "tiny" else Path(name)
     if not where.exists():
-        return str(name), {"local_files_only": not _hub_answers()}
+        return str(name), options | {"local_files_only": not _hub_answers()}
     if not (where / "config.json").is_file():
         raise ModelLoadError(f"{name}: expected a model folder with a config.json, found none in it")
     if not any(next(where.glob(pattern), None) for pattern in _TOKENIZER_FILES):
         raise ModelLoadError(
             f"{name}: has no tokenizer files; save the model's tokenizer there too (tokenizer.save_pretrained)"
         )
-    return str(where), {}
+    return str(where), options
 
 
 def _hub_answers() -> bool:
@@ -133,6 +160,8 @@ def _hub_answers() -> bool:
 
 def _why_not(source: str, error: Exception) -> str:
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if "trust_remote_code" in str(error):
+        return "brings Python code of its own; look at it, and if you trust it, pass trust_remote_code"
     if Path(source).exists():
         return f"cannot be read as a causal language model: {type(error).__name__}: {reason}; fetch or save it again"
     return (

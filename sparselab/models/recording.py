@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sparselab.errors import SparselabError, UnsupportedModelError
-from sparselab.models.blocks import Call, Linear, find_linears, read_weight
+from sparselab.models.blocks import Call, Linear, find_linears, weight_shape
 from sparselab.resources import Stopwatch
 from sparselab.solvers import InputStatistics
 
@@ -102,7 +102,7 @@ class _Collector:
 
     def _update(self, name: str, linear: Linear, inputs: Tensor) -> None:
         if name not in self.statistics:
-            d_in = read_weight(linear).shape[1]
+            d_in = weight_shape(linear)[1]
             self.statistics[name] = InputStatistics(d_in, self._with_hessian, device=inputs.device)
         try:
             self.statistics[name].update(inputs)

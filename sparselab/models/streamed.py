@@ -32,6 +32,7 @@ class StreamedModel:
         checkpoint: the weights.
         device: where they are needed.
         dtype: of the weights; None is what the configuration says, or the files if that says nothing.
+        trust_remote_code: whether the model may be made by code in the checkpoint's folder.
 
     Raises:
         ModelLoadError: two weights that the configuration makes one are different in the files.
@@ -40,14 +41,29 @@ class StreamedModel:
         model: its weights are on the meta device, outside of `present`.
         misfit: names of the model that the files lack, names in the files that the model has no place for, and (name,
             shape in the files, shape in the model) of those that do not fit. All empty for a model that can be used.
+        absent: every weight by its first name, on the meta device.
+        whole, collective: see `Residence`.
     """
 
-    def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype | None = None) -> None:
+    whole, collective = False, False
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        device: torch.device,
+        dtype: torch.dtype | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
         self.checkpoint, self.device = checkpoint, device
-        config = AutoConfig.from_pretrained(checkpoint.folder)
+        config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=trust_remote_code)
         dtype = dtype or config.dtype or checkpoint.dtype
         with init_empty_weights(include_buffers=False):
-            self.model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+            self.model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, trust_remote_code=trust_remote_code
+            ).eval()
+        for name, weight in self.model.state_dict(keep_vars=True).items():
+            if weight.is_floating_point() and _stays_float32(self.model, name, dtype):
+                weight.data = weight.data.float()
         self.model.tie_weights()  # anew, as what made them empty has parted them
         for module in self.model.modules():  # tables of angles and masks, which no file has
             module._buffers.update({name: b if b is None else b.to(device) for name, b in module._buffers.items()})
@@ -56,6 +72,7 @@ class StreamedModel:
         first: dict[int, str] = {}
         for name, tensor in self.model.state_dict(keep_vars=True).items():
             self._aliases.setdefault(first.setdefault(id(tensor), name), []).append(name)
+        self.absent = {name: self.weight(name) for name in self._aliases}
         self._sources, self.misfit = self._matched()
 
     def names(self, wanted: Callable[[str], bool]) -> list[str]:
@@ -70,25 +87,37 @@ class StreamedModel:
         """
         stored = {self._sources[name]: name for name in names}
         for source, tensor in self.checkpoint.read(stored):
-            dtype = self.weight(stored[source]).dtype
+            dtype = self.absent[stored[source]].dtype
             yield stored[source], tensor.to(device=self.device, dtype=dtype, copy=True)
 
     @contextmanager
-    def present(self, wanted: Callable[[str], bool]) -> Iterator[None]:
+    def present(self, wanted: Callable[[str], bool], write_back: bool = False) -> Iterator[None]:
         """Weights whose names are wanted are in their places inside, and gone after it with all that was done to them.
+
+        Args:
+            wanted: by name.
+            write_back: refused; see `check_write_back`.
 
         Raises:
             ModelLoadError: a file is damaged.
         """
+        if write_back:
+            self.check_write_back(wanted)
         names = self.names(wanted)
-        before = {name: self.weight(name) for name in names}
         try:
             for name, tensor in self.read(names):
                 self._put(name, tensor)
             yield
         finally:
-            for name, absent in before.items():
-                self._put(name, absent)
+            for name in names:
+                self._put(name, self.absent[name])
+
+    def check_write_back(self, wanted: Callable[[str], bool]) -> None:  # noqa: ARG002
+        """Raise ValueError: the files are only read."""
+        raise ValueError(
+            "model: expected one that can be changed in place, received one that is streamed from files; "
+            "prune_checkpoint prunes it to other files, and load opens it whole"
+        )
 
     def _matched(self) -> tuple[dict[str, str], Misfit]:
         """Which tensor in the files each weight is. Some tools leave out the prefix of the model's body, or add it."""
@@ -107,7 +136,7 @@ class StreamedModel:
             if name in sources:
                 self._check_equal(sources[name], stored)
             sources[name] = stored
-            if found != (expected := tuple(self.weight(name).shape)):
+            if found != (expected := tuple(self.absent[name].shape)):
                 misfit.mismatched.append((name, found, expected))
         misfit.missing.extend(name for name in self._aliases if name not in sources)
         return sources, misfit
@@ -125,8 +154,12 @@ class StreamedModel:
         ignored = [*_MADE_BY_THE_MODEL, *(self.model._keys_to_ignore_on_load_unexpected or ())]
         return name in dict(self.model.named_buffers()) or any(re.search(pattern, name) for pattern in ignored)
 
+    def nbytes(self, name: str) -> int:
+        """Size of a weight when it is present."""
+        return self.absent[name].nbytes
+
     def weight(self, name: str) -> Tensor:
-        """A weight by its name, as it is now: on the meta device unless it is present."""
+        """A weight by its name, as it is now: only of use where it is present."""
         parent, _, own = name.rpartition(".")
         tensor: Tensor = getattr(self.model.get_submodule(parent), own)
         return tensor
@@ -137,3 +170,11 @@ class StreamedModel:
         for alias in self._aliases[name]:
             parent, _, own = alias.rpartition(".")
             setattr(self.model.get_submodule(parent), own, value)
+
+
+def _stays_float32(model: PreTrainedModel, name: str, dtype: torch.dtype) -> bool:
+    """Whether the model's authors say that a weight needs it, as `from_pretrained` understands them."""
+    always = model._keep_in_fp32_modules_strict if dtype in (torch.float16, torch.bfloat16) else None
+    rather_than_half = model._keep_in_fp32_modules if dtype == torch.float16 else None
+    patterns = [*(always or ()), *(rather_than_half or ())]
+    return any(re.search(pattern.replace("*", ".*"), name) for pattern in patterns)

@@ -61,7 +61,9 @@ def slice_of(
     Raises:
         ValueError: no layer or more than one has such a name.
     """
-    linears = Decoder(model).linears()
+    decoder = Decoder(model)
+    decoder.check_whole()
+    linears = decoder.linears()
     names = [name for name in linears if fnmatch(f".{name}", f"*.{layer}")]
     if len(names) != 1:
         raise ValueError(f"layer: expected the end of one name among {', '.join(linears)}, received {layer!r}")

@@ -8,6 +8,7 @@ from conftest import tiny_llama
 from safetensors.torch import load_file, save_file
 
 import sparselab
+from sparselab import load, prune_checkpoint, stream
 from sparselab.errors import ModelLoadError
 from sparselab.models.loading import tiny_folder
 
@@ -135,3 +136,41 @@ def test_a_name_that_is_nothing_is_quick_and_quiet_without_a_network(monkeypatch
     assert time.monotonic() - started < 5
     assert asked == [1]
     assert capfd.readouterr() == ("", "")
+
+
+OWN_CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+@pytest.fixture
+def own_code(folder, monkeypatch, tmp_path):
+    """A model that brings its own Python code."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "own", "architectures": ["OwnForCausalLM"]}
+    config["auto_map"] = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "own.py").write_text(OWN_CODE)
+    return folder
+
+
+@pytest.mark.parametrize("opens", [load, stream])
+def test_code_that_comes_with_a_model_is_not_run_unless_it_is_trusted(own_code, tokens, opens):
+    with pytest.raises(ModelLoadError, match="brings Python code of its own; look at it, and if you trust it, pass"):
+        opens(own_code, "cpu")
+    with pytest.warns(UserWarning, match="Python code that comes with this model is run, with all your rights"):
+        model, tokenizer = opens(own_code, "cpu", trust_remote_code=True)
+    if opens is load:
+        assert type(model).__name__ == "OwnForCausalLM"
+        return
+    prune_checkpoint(model, tokenizer, tokens, own_code.parent / "out", progress=False)
+    with pytest.warns(UserWarning, match="is run"):
+        pruned, _ = load(own_code.parent / "out", "cpu", trust_remote_code=True)
+    assert type(pruned).__name__ == "OwnForCausalLM"

@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import tiny_llama, tiny_opt
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 import sparselab
 from sparselab.errors import ModelLoadError
@@ -131,3 +131,16 @@ def test_hidden_states_can_be_collected_from_it(tmp_path, tokens):
     expected = sparselab.collect(tiny_llama(), tokens, progress=False)
     for name, seen in sparselab.collect(streamed(tmp_path), tokens, progress=False).items():
         assert torch.equal(seen.hessian, expected[name].hessian)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_weights_that_need_float32_stay_so(tmp_path, tokens, monkeypatch, dtype):
+    monkeypatch.setattr(LlamaForCausalLM, "_keep_in_fp32_modules", ["input_layernorm"])
+    monkeypatch.setattr(LlamaForCausalLM, "_keep_in_fp32_modules_strict", ["layers.1.mlp"])
+    tiny_llama().save_pretrained(tmp_path)
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+    expected = {name: weight.dtype for name, weight in whole.state_dict().items()}
+    assert len(set(expected.values())) == (1 if dtype == torch.float32 else 2)
+    model = streamed(tmp_path, dtype=dtype)
+    assert {name: weight.dtype for name, weight in model.model.state_dict().items()} == expected
+    assert all(weight.dtype == expected[name] for name, weight in model.read(expected))
