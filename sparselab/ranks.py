@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from sparselab.errors import LostRankError
 
 # For processes that do not answer: a machine may vanish without closing its connections. Longer than any solve.
 _PATIENCE = timedelta(minutes=30)
+_SETTLE = 0.5  # seconds
 
 
 @dataclass(frozen=True)
@@ -118,8 +120,10 @@ def joined() -> Iterator[Ranks]:
     try:
         yield Ranks(dist.get_rank(), world)
         with lost_rank_told():
-            # And it gives gloo's threads time to let go of the last tensors: while Python ends, that would be a crash.
             dist.barrier()
+        # Where something (DeepSpeed) still holds their group, gloo's threads live on, and one that lets go of the last
+        # tensor while Python ends crashes the process.
+        time.sleep(_SETTLE)
     finally:
         dist.destroy_process_group()
 

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from sparselab import SparseGPT, collect, perplexity, prune, prune_checkpoint, stream
 from sparselab.errors import NonFiniteError
 from sparselab.methods import METHODS
+from sparselab.ranks import joined
 
 CONFIG = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
 
@@ -53,10 +54,13 @@ def check_refused(model, tokens, rank: int) -> None:
 
 
 def main() -> None:
-    how, tokens, out = sys.argv[1], load_file(sys.argv[2])["tokens"], Path(sys.argv[3])
-    torch.distributed.init_process_group("gloo")
-    deepspeed.init_distributed(verbose=False)
-    rank, model = torch.distributed.get_rank(), partitioned(how)
+    with joined() as ranks:
+        deepspeed.init_distributed(verbose=False)
+        work(sys.argv[1], load_file(sys.argv[2])["tokens"], Path(sys.argv[3]), ranks.rank)
+
+
+def work(how: str, tokens: torch.Tensor, out: Path, rank: int) -> None:
+    model = partitioned(how)
     if how == "fails":  # in one process only: the other one must not be waited for
         solve = METHODS["sparsegpt"].solve
 
@@ -88,8 +92,6 @@ def main() -> None:
     with zero.GatheredParameters(list(model.parameters())):
         weights = {name: weight.detach().clone().contiguous() for name, weight in model.named_parameters()}
     save_file(weights, out / f"weights-{rank}.safetensors")
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -131,7 +131,7 @@ def interrupting(*_):
     raise KeyboardInterrupt
 
 
-def test_a_streamed_model_is_not_pruned_in_place(folder, tokens):
+def test_a_streamed_model_is_not_pruned_in_place(folder, tokens, untyped):
     with pytest.raises(ValueError, match="expected one that can be changed in place, received one that is streamed"):
         prune(sparselab.stream(folder, "cpu")[0], tokens, progress=False)
 
