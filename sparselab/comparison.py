@@ -146,7 +146,8 @@ def _checked_bench(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, config: CompareConfig
 ) -> Workbench:
     """Model and text at hand, once all is known to be well that can be known before the first run."""
-    decoder = check_model(model, [run.settings for run in config.runs()])
+    decoder = Decoder(model)
+    check_model(decoder, [run.settings for run in config.runs()])
     bench = Workbench(model, tokenizer, name, config)
     check_tokens(decoder, bench.calibration(config.nsamples, config.seed))
     return bench

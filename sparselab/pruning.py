@@ -19,7 +19,6 @@ from sparselab.errors import NonFiniteError, SparselabError
 from sparselab.methods import METHODS, Settings
 from sparselab.models.blocks import Decoder, evaluating, find_linears, read_weight, weight_shape
 from sparselab.models.inputs import check_tokens
-from sparselab.models.streamed import StreamedModel
 from sparselab.models.zero import has_optimizer, is_partitioned
 from sparselab.progress import Progress, tracked
 from sparselab.ranks import Ranks, everyone
@@ -119,7 +118,7 @@ def prune(
     decoder = Decoder(model)
     decoder.residence.check_write_back(lambda name: not decoder.is_outside(name))
     _check_zero(model, use_zero)
-    check_model(model, [settings], collected)
+    check_model(decoder, [settings], collected)
     windows = None if calib is None or collected is not None else check_tokens(decoder, calib)
     ranks = everyone() if use_zero else Ranks()
     if windows is not None:
@@ -182,15 +181,15 @@ def check_calib(method: str, calib: Any) -> None:
 
 
 def check_model(
-    model: PreTrainedModel | StreamedModel,
+    decoder: Decoder,
     runs: Sequence[Settings],
     collected: Collected | None = None,
     ranks: Ranks | None = None,
-) -> Decoder:
-    """The model taken apart, once everything that can be known to fail in pruning it has been looked at.
+) -> None:
+    """Look at everything that can be known to fail in pruning a model.
 
     Args:
-        model: the model; not changed.
+        decoder: the model; not changed.
         runs: what would be done to it, each time from the weights that it has now, which are read once.
         collected: statistics that would be used, if they are at hand.
         ranks: processes that share this, each looking at some of the blocks.
@@ -198,7 +197,6 @@ def check_model(
     Raises:
         ValueError, SparselabError: see `prune`.
     """
-    decoder = Decoder(model)
     decoder.check_prunable()
     _check_settings(decoder, runs, collected)
     ranks = Ranks() if ranks is None or decoder.residence.collective else ranks
@@ -211,7 +209,6 @@ def check_model(
     else:
         with decoder.outside():
             _check_finite(param for param in decoder.model.named_parameters() if decoder.is_outside(param[0]))
-    return decoder
 
 
 def _check_zero(model: PreTrainedModel, use_zero: bool) -> None:

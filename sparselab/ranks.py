@@ -77,6 +77,8 @@ class Ranks:
 
     def check_same(self, what: str, data: bytes, device: torch.device) -> None:
         """Raise ValueError in every process where one has other data than the first; `what` names it."""
+        if self.world == 1:
+            return
         mine = torch.tensor(list(hashlib.sha256(data).digest()), dtype=torch.uint8, device=device)
         first = mine.clone()
         self.broadcast(first, 0)

@@ -117,7 +117,7 @@ def prune_checkpoint(
         shards = _Shards(folder, model, decoder, journal, ranks)
         if journal and journal.damage:
             tell(journal.damage)
-        check_model(model, [settings], ranks=ranks)
+        check_model(decoder, [settings], ranks=ranks)
         to_do = len(decoder.blocks) - shards.done
         needs = preflight.estimate(decoder, settings, windows, batch_size, to_do, shards.bytes_to_write(), spill, ranks)
         if not force:

@@ -56,7 +56,7 @@ def residence_of(model: PreTrainedModel) -> Residence:
 
 
 class _Partitioned(Residence):
-    """Parted among processes by DeepSpeed ZeRO-3."""
+    """Partitioned among processes by DeepSpeed ZeRO-3."""
 
     whole, collective = False, True
 
