@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sparselab.course.answers import Answer, CheckError
+from sparselab.course.values import as_mask, check_group, kind, normal, tied
 
 _SPARSITIES = (0.5, 0.3, 0.0, 1.0, 0.77)
 
@@ -22,10 +23,10 @@ def magnitude_mask(function: Callable[..., Any], seed: int = 0) -> str:
         CheckError: not a mask, not `round(sparsity · size)` pruned, or not the smallest of them.
     """
     answer, draw = Answer(function), torch.Generator().manual_seed(seed)
-    for weight in (_normal(draw, 8, 8), _normal(draw, 5, 7), _tied(draw, 6, 9), torch.ones(4, 4)):
+    for weight in (normal(draw, 8, 8), normal(draw, 5, 7), tied(draw, 6, 9), torch.ones(4, 4)):
         for sparsity in _SPARSITIES:
-            keep = _mask(answer, answer(weight, sparsity), weight)
-            _check_group(answer.name, "the layer", weight.abs(), keep, round(sparsity * weight.numel()))
+            keep = as_mask(answer, answer(weight, sparsity), weight)
+            check_group(answer.name, "the layer", weight.abs(), keep, round(sparsity * weight.numel()))
     return f"{answer.name}: exact counts, also under ties, and the smallest go."
 
 
@@ -36,18 +37,18 @@ def global_magnitude_masks(function: Callable[..., Any], seed: int = 0) -> str:
         CheckError: not such masks; layers that each lose the same fraction are told from layers that compete.
     """
     answer, draw = Answer(function), torch.Generator().manual_seed(seed)
-    layers = [_normal(draw, 6, 8), 10 * _normal(draw, 4, 8), _tied(draw, 8, 3)]
+    layers = [normal(draw, 6, 8), 10 * normal(draw, 4, 8), tied(draw, 8, 3)]
     for weights in (layers, layers[:1], [torch.ones(3, 4), torch.ones(2, 4)]):
         for sparsity in _SPARSITIES:
             masks = answer(weights, sparsity)
             if not isinstance(masks, list | tuple) or len(masks) != len(weights):
-                raise CheckError(f"{answer.name} returns {_kind(masks)}, expected a list of {len(weights)} masks")
-            keep = [_mask(answer, *pair) for pair in zip(masks, weights, strict=True)]
+                raise CheckError(f"{answer.name} returns {kind(masks)}, expected a list of {len(weights)} masks")
+            keep = [as_mask(answer, *pair) for pair in zip(masks, weights, strict=True)]
             together = torch.cat([mask.flatten() for mask in keep])
             scores = torch.cat([weight.abs().flatten() for weight in weights])
             fractions = {round(1 - mask.float().mean().item(), 2) for mask in keep}
             hint = " (every layer loses the same fraction: let all compete)" if len(keep) > len(fractions) == 1 else ""
-            _check_group(answer.name, f"all layers{hint}", scores, together, round(sparsity * len(scores)))
+            check_group(answer.name, f"all layers{hint}", scores, together, round(sparsity * len(scores)))
     return f"{answer.name}: one competition over all layers, exact counts."
 
 
@@ -59,13 +60,13 @@ def nm_mask(function: Callable[..., Any], seed: int = 0) -> str:
     """
     answer, draw = Answer(function), torch.Generator().manual_seed(seed)
     for n, m in ((2, 4), (1, 4), (4, 8), (0, 4), (4, 4)):
-        for scores in (_normal(draw, 4, 16).abs(), _tied(draw, 6, 8).abs(), torch.zeros(2, 8)):
-            keep = _mask(answer, answer(scores, n, m), scores)
+        for scores in (normal(draw, 4, 16).abs(), tied(draw, 6, 8).abs(), torch.zeros(2, 8)):
+            keep = as_mask(answer, answer(scores, n, m), scores)
             groups = zip(scores.reshape(-1, m), keep.reshape(-1, m), strict=True)
             for number, (score, kept) in enumerate(groups):
                 row, first = divmod(number * m, scores.shape[1])
                 place = f"row {row}, inputs {first} to {first + m - 1}"
-                _check_group(f"{answer.name} at {n}:{m}", place, score, kept, m - n)
+                check_group(f"{answer.name} at {n}:{m}", place, score, kept, m - n)
     return f"{answer.name}: n of every m consecutive inputs stay, the largest ones."
 
 
@@ -78,8 +79,8 @@ def feature_norms(function: Callable[..., Any], seed: int = 0) -> str:
     answer, draw = Answer(function), torch.Generator().manual_seed(seed)
     model = nn.Sequential(nn.Linear(6, 10), nn.GELU(), nn.Linear(10, 4)).requires_grad_(requires_grad=False)
     for parameter in model.parameters():
-        parameter.copy_(_normal(draw, *parameter.shape))
-    tokens = _normal(draw, 6, 5, 6)
+        parameter.copy_(normal(draw, *parameter.shape))
+    tokens = normal(draw, 6, 5, 6)
     inputs = {"0": tokens, "2": model[:2](tokens)}
     for name, seen in inputs.items():
         expected = seen.reshape(-1, seen.shape[-1]).double().norm(dim=0)
@@ -87,7 +88,7 @@ def feature_norms(function: Callable[..., Any], seed: int = 0) -> str:
             norms = answer(model, name, list(tokens.split(split)))
             place = f"layer {name}, batches of {split}"
             if not isinstance(norms, Tensor) or norms.shape != expected.shape:
-                raise CheckError(f"{answer.name} returns {_kind(norms)}, expected [{len(expected)}]: one norm an input")
+                raise CheckError(f"{answer.name} returns {kind(norms)}, expected [{len(expected)}]: one norm an input")
             if not torch.allclose(norms.double(), expected, rtol=1e-4):
                 raise CheckError(f"{answer.name}, {place}: {_wrong_norm(norms.double(), expected, seen)}")
         hooks = [layer._forward_hooks or layer._forward_pre_hooks for layer in model.modules()]
@@ -106,14 +107,14 @@ def wanda_mask(function: Callable[..., Any], seed: int = 0) -> str:
     """
     answer, draw = Answer(function), torch.Generator().manual_seed(seed)
     shapes = ((8, 8), (5, 12), (3, 7))
-    cases = [(_normal(draw, *shape), _normal(draw, shape[1]).abs() + 0.1) for shape in shapes]
-    cases += [(_tied(draw, 6, 10), torch.ones(10)), (torch.ones(4, 6), torch.zeros(6))]
+    cases = [(normal(draw, *shape), normal(draw, shape[1]).abs() + 0.1) for shape in shapes]
+    cases += [(tied(draw, 6, 10), torch.ones(10)), (torch.ones(4, 6), torch.zeros(6))]
     for weight, norm in cases:
         for sparsity in _SPARSITIES:
-            keep = _mask(answer, answer(weight, norm, sparsity), weight)
+            keep = as_mask(answer, answer(weight, norm, sparsity), weight)
             scores = weight.abs() * norm
             for row in range(len(weight)):
-                _check_group(answer.name, f"row {row}", scores[row], keep[row], round(sparsity * weight.shape[1]))
+                check_group(answer.name, f"row {row}", scores[row], keep[row], round(sparsity * weight.shape[1]))
     return f"{answer.name}: every row loses the same number, its smallest scores."
 
 
@@ -126,7 +127,7 @@ def perplexity(function: Callable[..., Any], seed: int = 0) -> str:
     answer, draw = Answer(function), torch.Generator().manual_seed(seed)
     batches = []
     for rows, lengths in ((2, (7, 3)), (3, (2, 7, 5)), (1, (4,))):
-        logits = 3 * _normal(draw, rows, 7, 11)
+        logits = 3 * normal(draw, rows, 7, 11)
         tokens = torch.randint(0, 11, (rows, 7), generator=draw)
         mask = torch.arange(7) < torch.tensor(lengths)[:, None]
         batches.append((logits, tokens, mask.long()))
@@ -136,35 +137,6 @@ def perplexity(function: Callable[..., Any], seed: int = 0) -> str:
         if not isinstance(got, float | int | Tensor) or not math.isclose(float(got), expected, rel_tol=1e-4):
             raise CheckError(f"{answer.name}, {case}: {_wrong_perplexity(got, expected, given)}")
     return f"{answer.name}: shifted by one, padding left out, every token counts alike."
-
-
-def _check_group(name: str, place: str, scores: Tensor, keep: Tensor, pruned: int) -> None:
-    """Of one comparison group exactly so many go, and none that is larger than one that stays."""
-    kept, expected = int(keep.sum()), scores.numel() - pruned
-    if kept != expected:
-        tied = (
-            " Ties? Of equal scores only as many may go as are needed."
-            if scores.unique().numel() < len(scores.flatten())
-            else ""
-        )
-        raise CheckError(f"{name}: {place} keeps {kept} of {scores.numel()}, expected {expected}.{tied}")
-    if kept and pruned and scores[~keep].max() > scores[keep].min():
-        raise CheckError(
-            f"{name}: {place} prunes a score of {scores[~keep].max():.3g} and keeps one of {scores[keep].min():.3g}; "
-            "the smallest have to go"
-        )
-
-
-def _mask(answer: Answer, mask: Any, like: Tensor) -> Tensor:
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != like.shape:
-        raise CheckError(
-            f"{answer.name} returns {_kind(mask)}, expected a boolean tensor {list(like.shape)}: True = keep"
-        )
-    return mask
-
-
-def _kind(value: Any) -> str:
-    return f"a {value.dtype} tensor {list(value.shape)}" if isinstance(value, Tensor) else f"{value!r:.40}"
 
 
 def _wrong_norm(norms: Tensor, expected: Tensor, seen: Tensor) -> str:
@@ -194,7 +166,7 @@ def _perplexity(batches: list[tuple[Tensor, Tensor, Tensor]], shift: int = 1, me
 
 def _wrong_perplexity(got: Any, expected: float, batches: list[tuple[Tensor, Tensor, Tensor]]) -> str:
     if not isinstance(got, float | int | Tensor):
-        return f"returns {_kind(got)}, expected a number"
+        return f"returns {kind(got)}, expected a number"
     unmasked = [(logits, tokens, torch.ones_like(mask)) for logits, tokens, mask in batches]
     guesses = {
         "logits at a position predict the *next* token": _perplexity(batches, shift=0),
@@ -208,12 +180,3 @@ def _wrong_perplexity(got: Any, expected: float, batches: list[tuple[Tensor, Ten
         (f": {guess}" for guess, value in guesses.items() if math.isclose(float(got), value, rel_tol=1e-4)), ""
     )
     return f"perplexity {float(got):.4f}, expected {expected:.4f}{reason}"
-
-
-def _normal(draw: torch.Generator, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=draw)
-
-
-def _tied(draw: torch.Generator, *shape: int) -> Tensor:
-    """Few different values, so that many are equal."""
-    return torch.randint(-2, 3, shape, generator=draw).float()

@@ -6,9 +6,8 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 from nbgrader.preprocessors import ClearHiddenTests, ClearOutput, ClearSolutions, LockCells
-from test_ps1 import INSTRUCTOR, RIGHT, WRONG, name
+from problem_sets import EXERCISES, INSTRUCTOR, SOURCES
 
-SOURCES = sorted((INSTRUCTOR.parent / "source").glob("*/*.ipynb"))
 RELEASE = (LockCells, ClearSolutions, ClearOutput, ClearHiddenTests)
 
 
@@ -38,7 +37,7 @@ def test_there_are_sources():
 def test_each_exercise_is_taught_answered_and_checked_twice(path):
     cells = {cell.id: cell for cell in read(path).cells}
     exercises = [each.removesuffix("-answer") for each, cell in cells.items() if "BEGIN SOLUTION" in cell.source]
-    assert set(exercises) == {exercise for exercise, _ in RIGHT}
+    assert set(exercises) == {exercise for problem_set, exercise in EXERCISES if problem_set == path.stem}
     for exercise in exercises:
         graded = [cells[f"{exercise}-{kind}"].metadata.nbgrader for kind in ("visible", "hidden")]
         assert all(each.grade and each.locked and each.points > 0 for each in graded)
@@ -54,7 +53,7 @@ def test_each_exercise_is_taught_answered_and_checked_twice(path):
 def test_students_get_no_solution_and_no_hidden_check(path):
     text = "\n".join(cell.source for cell in released(path).cells if cell.cell_type == "code")
     assert text.count("raise NotImplementedError()") == 6
-    assert not [word for word in ("SOLUTION", "HIDDEN", "hidden_ps1", "argsort", "topk") if word in text]
+    assert not [word for word in ("SOLUTION", "HIDDEN", "import hidden", "argsort", "topk") if word in text]
 
 
 @pytest.mark.slow
@@ -81,24 +80,3 @@ def test_what_is_not_written_yet_says_so(path, monkeypatch, tmp_path):
             assert (errors[0].ename, errors[0].evalue) == ("CheckError", f"{exercise} is not written yet")
         else:
             assert not errors or each.startswith("together")
-
-
-@pytest.fixture
-def hidden(monkeypatch):
-    monkeypatch.syspath_prepend(str(INSTRUCTOR))
-    import hidden_ps1
-
-    return hidden_ps1.check
-
-
-@pytest.mark.parametrize(("exercise", "answer"), RIGHT, ids=name)
-def test_hidden_checks_pass_what_is_right(hidden, exercise, answer):
-    hidden(exercise, answer)
-
-
-@pytest.mark.parametrize(("exercise", "answer"), WRONG, ids=name)
-def test_hidden_checks_catch_what_is_wrong_and_tell_nothing(hidden, exercise, answer):
-    with pytest.raises(AssertionError) as caught:
-        hidden(exercise, answer)
-    assert str(caught.value) == f"{exercise}: a hidden check fails"
-    assert caught.value.__context__ is None
