@@ -4,9 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 DEMO_OUT ?= demo
+PS ?= ps1
+SUBMISSIONS ?= submitted/$(PS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test scale lab lint types check notebooks bench clean
+.PHONY: help demo test scale lab assignment grade grades lint types check notebooks bench clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -22,6 +24,10 @@ $(VENV)/base: pyproject.toml constraints.txt
 
 $(VENV)/test: $(VENV)/base
 	$(PIP) -e '.[test]'
+	@touch $@
+
+$(VENV)/course: $(VENV)/base
+	$(PIP) -e '.[course]'
 	@touch $@
 
 $(VENV)/scale: $(VENV)/base
@@ -41,6 +47,15 @@ scale: $(VENV)/scale ## add DeepSpeed, for models partitioned by ZeRO-3
 
 lab: $(VENV)/base ## open JupyterLab on the notebooks
 	$(BIN)/jupyter lab notebooks
+
+assignment: $(VENV)/course ## write what students get: make assignment PS=ps1
+	$(BIN)/python -m sparselab.course assignment $(PS) $(OPTIONS)
+
+grade: $(VENV)/course ## grade submissions: make grade PS=ps1 SUBMISSIONS=submitted/ps1
+	$(BIN)/python -m sparselab.course grade $(PS) $(SUBMISSIONS) $(OPTIONS)
+
+grades: $(VENV)/course ## write grades and feedback anew, once points were given by hand: make grades PS=ps1
+	$(BIN)/python -m sparselab.course grades graded/$(PS)
 
 lint: $(VENV)/test ## check format and style
 	$(BIN)/ruff format --check .

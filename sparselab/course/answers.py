@@ -13,15 +13,18 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 SECONDS = 20.0
 _PACKAGE = Path(__file__).resolve().parents[1]
-_COURSE = Path(__file__).resolve().parent
+_HERE = Path(__file__).resolve()
 
 
 class CheckError(AssertionError):
-    """An answer is wrong: in what, and where to look."""
+    """An answer is wrong: in what, and where to look. Notebooks show the one line of it."""
+
+    def _render_traceback_(self) -> list[str]:
+        return [f"{type(self).__name__}: {self}"]
 
 
 class Answer:
@@ -35,7 +38,7 @@ class Answer:
         seconds: for one call; there is no limit where the system has no alarm (Windows), or outside the main thread.
 
     Raises:
-        CheckError: it is not a function, or imports sparselab.
+        CheckError: it is not a function, or its text names sparselab.
     """
 
     def __init__(self, function: Callable[..., Any], seconds: float = SECONDS) -> None:
@@ -43,8 +46,8 @@ class Answer:
             raise CheckError(f"expected a function, received {type(function).__name__}; run the cell that defines it")
         self.name = getattr(function, "__name__", type(function).__name__)
         self._function, self._seconds = function, seconds
-        if _imports_the_package(function):
-            raise CheckError(f"{self.name} imports sparselab, which is the answer key; write it with torch alone")
+        if _uses_the_package(function):
+            raise CheckError(f"{self.name} uses sparselab, which is the answer key; write it with torch alone")
 
     def __call__(self, *arguments: Any) -> Any:
         """What the function returns.
@@ -61,10 +64,9 @@ class Answer:
             raise CheckError(f"{self.name} is not written yet") from error
         except _OutOfTime as error:
             raise CheckError(f"{self.name} ran for more than {self._seconds:g} s: does a loop never end?") from error
-        except Exception as error:
-            raise CheckError(
-                f"{self.name} raised {type(error).__name__}: {error}; it was called with {_described(arguments)}"
-            ) from error
+        except (Exception, SystemExit) as error:
+            said, given = f"{type(error).__name__}: {error}".removesuffix(": "), ", ".join(map(_described, arguments))
+            raise CheckError(f"{self.name} raised {said}; it was called with {given}") from error
         if caught:
             raise CheckError(f"{self.name} calls {caught[0]}, which is the answer key; write it with torch alone")
         for number, (before, after) in enumerate(zip(arguments, given, strict=True), 1):
@@ -105,29 +107,38 @@ def _calls_into_the_package(caught: list[str]) -> Iterator[None]:
 
     before = sys.getprofile()
     sys.setprofile(look)
+    threading.setprofile(look)  # of threads to come
     try:
         yield
+        if sys.getprofile() is not look:
+            caught.append("sys.setprofile, which hides what else it calls: perhaps sparselab")
     finally:
+        threading.setprofile(None)
         sys.setprofile(before)
 
 
 def _of_the_package(filename: str) -> bool:
     path = Path(filename)
-    return path.is_relative_to(_PACKAGE) and not path.is_relative_to(_COURSE)
+    return path.is_relative_to(_PACKAGE) and path != _HERE
 
 
-def _imports_the_package(function: Callable[..., Any]) -> bool:
+def _uses_the_package(function: Callable[..., Any]) -> bool:
     try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
-    except (OSError, TypeError, SyntaxError):  # defined where there is no text to look at
+        return mentions_the_package(inspect.getsource(function))
+    except (OSError, TypeError):  # defined where there is no text to look at
         return False
-    modules = [
-        name
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Import | ast.ImportFrom)
-        for name in ([node.module or ""] if isinstance(node, ast.ImportFrom) else [each.name for each in node.names])
-    ]
-    return any(name.partition(".")[0] == "sparselab" for name in modules)
+
+
+def mentions_the_package(source: str) -> bool:
+    """Whether code imports sparselab or uses it by that name; what cannot be parsed does not."""
+    try:
+        nodes = list(ast.walk(ast.parse(textwrap.dedent(source))))
+    except SyntaxError:
+        return False
+    modules = [each.name for node in nodes if isinstance(node, ast.Import) for each in node.names]
+    modules += [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]
+    names = [node.id for node in nodes if isinstance(node, ast.Name)]
+    return any(name.partition(".")[0] == "sparselab" for name in modules + names)
 
 
 def _copied(argument: Any) -> Any:
@@ -146,8 +157,11 @@ def _equal(before: Any, after: Any) -> bool:
     return True
 
 
-def _described(arguments: tuple[Any, ...]) -> str:
-    return ", ".join(
-        f"a tensor {list(argument.shape)}" if isinstance(argument, Tensor) else f"{argument!r:.40}"
-        for argument in arguments
-    )
+def _described(argument: Any) -> str:
+    if isinstance(argument, Tensor):
+        return f"a tensor {list(argument.shape)}"
+    if isinstance(argument, list | tuple):
+        return f"[{', '.join(map(_described, argument))}]"
+    if isinstance(argument, nn.Module):
+        return f"a {type(argument).__name__}"
+    return f"{argument!r:.40}"

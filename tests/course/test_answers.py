@@ -1,10 +1,12 @@
+import sys
+import threading
 import time
 
 import pytest
 import torch
 
 from sparselab import solvers
-from sparselab.course import Answer, CheckError
+from sparselab.course import Answer, CheckError, ps1
 
 WEIGHT = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
 
@@ -25,6 +27,23 @@ def importing(weight):
     from sparselab.solvers import magnitude  # noqa: F401
 
     return weight
+
+
+def in_a_thread(weight):
+    found = []
+    thread = threading.Thread(target=lambda: found.append(solvers.magnitude(weight, 0.5)))
+    thread.start()
+    thread.join()
+    return found[0]
+
+
+def unseen(weight):
+    sys.setprofile(None)
+    return by_another_name(weight)
+
+
+def by_the_check(weight):
+    return ps1.kind(weight)
 
 
 def in_place(weight):
@@ -56,7 +75,10 @@ def endless(weight):
     [
         (by_another_name, WEIGHT, "by_another_name calls sparselab's magnitude, which is the answer key"),
         (hidden_from_the_caller, WEIGHT, "calls sparselab's wanda, which is the answer key"),
-        (importing, WEIGHT, "importing imports sparselab, which is the answer key"),
+        (importing, WEIGHT, "importing uses sparselab, which is the answer key"),
+        (in_a_thread, WEIGHT, "in_a_thread calls sparselab's magnitude, which is the answer key"),
+        (unseen, WEIGHT, "unseen calls sys.setprofile, which hides what else it calls"),
+        (by_the_check, WEIGHT, "by_the_check calls sparselab's kind, which is the answer key"),
         (in_place, WEIGHT, "in_place changes its argument 1 in place; work on a copy"),
         (in_a_list, [WEIGHT], "in_a_list changes its argument 1 in place"),
         (unwritten, WEIGHT, "unwritten is not written yet"),
