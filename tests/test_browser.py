@@ -2,6 +2,7 @@
 
 import re
 import secrets
+import shutil
 import socket
 import subprocess
 import sys
@@ -13,6 +14,10 @@ from pathlib import Path
 import nbformat
 import pytest
 from conftest import chrome
+from handed_in import answered, reference, released
+from problem_sets import COURSE, EXERCISES, SOURCES
+
+from sparselab.course.handout import make_assignment
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow, pytest.mark.timeout(400)]
 
@@ -112,6 +117,13 @@ def opened(lab, page):
     return open_and_run
 
 
+def outputs(page) -> list[str]:
+    """What the cells of the open notebook show, in order."""
+    return page.evaluate("""() => window.jupyterapp.shell.currentWidget.content.widgets
+        .filter(cell => cell.model.type === 'code')
+        .map(cell => cell.node.querySelector('.jp-OutputArea')?.innerText ?? '')""")
+
+
 SMALL_02 = "blocks, sizes, eval_nsamples = [3], [4, 16], 8"
 SMALL_03 = 'patterns, seeds, nsamples, eval_nsamples, seqlen = ["30%", "60%", "2:4"], 1, 4, 8, 64'
 
@@ -195,3 +207,26 @@ def test_curve_lab_runs_and_cancels(opened, tmp_path):
     button(page, "Run").click()
     wait_for_words(page, "^done: 9 of 9 points$")
     assert shown(page)[0] == cancelled[0], "nothing new was computed"
+
+
+@pytest.mark.parametrize("problem_set", [path.stem for path in SOURCES])
+def test_a_problem_set_runs_to_its_end_and_says_what_is_missing(lab, page, problem_set, tmp_path):
+    """As students get it, with the first exercise done."""
+    address, folder = lab
+    names = make_assignment(COURSE, problem_set, tmp_path / problem_set)
+    for name in names:
+        shutil.copy(tmp_path / problem_set / name, folder)
+    first, *others = [exercise for owner, exercise in EXERCISES if owner == problem_set]
+    done = {f"{first}-answer": reference(problem_set)[f"{first}-answer"]}
+    nbformat.write(answered(released(tmp_path / problem_set, problem_set), done), folder / f"{problem_set}.ipynb")
+    page.goto(address.format(f"{problem_set}.ipynb"))
+    page.wait_for_function(_CONNECTED)
+    page.evaluate("() => window.jupyterapp.commands.execute('notebook:run-all-cells')")
+    shown = "\n".join(outputs(page))
+    assert f"{first}: " in shown, "what a check says when all is well"
+    for exercise in others:
+        assert f"CheckError: {exercise} is not written yet" in shown
+    assert shown.count("Traceback") <= shown.count("NotImplementedError"), (
+        "but for stubs that are called without a check"
+    )
+    page.screenshot(path=tmp_path / f"{problem_set}.png")

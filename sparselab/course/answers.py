@@ -65,8 +65,9 @@ class Answer:
         except _OutOfTime as error:
             raise CheckError(f"{self.name} ran for more than {self._seconds:g} s: does a loop never end?") from error
         except (Exception, SystemExit) as error:
-            said, given = f"{type(error).__name__}: {error}".removesuffix(": "), ", ".join(map(_described, arguments))
-            raise CheckError(f"{self.name} raised {said}; it was called with {given}") from error
+            said = f"{type(error).__name__}: {error}".removesuffix(": ")
+            words = ", ".join(map(_described, arguments))
+            raise CheckError(f"{self.name} raised {said}; it was called with {words}") from error
         if caught:
             raise CheckError(f"{self.name} calls {caught[0]}, which is the answer key; write it with torch alone")
         for number, (before, after) in enumerate(zip(arguments, given, strict=True), 1):

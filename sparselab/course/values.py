@@ -7,6 +7,10 @@ from torch import Tensor
 
 from sparselab.course.answers import Answer, CheckError
 
+# Largest difference, relative to the largest number expected; the rounding of float32 takes less than a tenth of it.
+TOLERANCE = 1e-3
+Slips = dict[str, Tensor]  # what usual mistakes give, by the words for them
+
 
 def kind(value: Any) -> str:
     """A value in a few words: a tensor by its dtype and shape, anything else by how it is written."""
@@ -60,6 +64,28 @@ def check_group(name: str, place: str, scores: Tensor, keep: Tensor, pruned: int
         )
 
 
+def agree(place: str, got: Tensor, expected: Tensor, slips: Slips | None = None, blocksize: int = 0) -> None:
+    """The numbers are those expected, within the tolerance.
+
+    Raises:
+        CheckError: they are not: where the first wrong one is, and perhaps why.
+    """
+    if _close(got, expected):
+        return
+    wrong = ((got - expected).abs() > TOLERANCE * expected.abs().max()).nonzero()
+    at = min((tuple(each) for each in wrong.tolist()), key=lambda each: each[::-1])  # in the first wrong column
+    reason = guess(got, slips or {})
+    if not reason and blocksize and at[-1] and at[-1] % blocksize == 0:
+        reason = " (a block begins in the first wrong column: does what earlier blocks lost reach it, and once?)"
+    raise CheckError(f"{place}: entry {list(at)} is {got[at]:.4g}, expected {expected[at]:.4g}{reason}")
+
+
+def guess(got: Tensor, slips: Slips) -> str:
+    """In brackets, the mistake that gives these numbers, or most nearly so; nothing if none does."""
+    near = [(float((got - slip).abs().max()), reason) for reason, slip in slips.items() if _close(got, slip)]
+    return f" ({min(near)[1]})" if near else ""
+
+
 def normal(draw: torch.Generator, *shape: int) -> Tensor:
     """Standard normal numbers."""
     return torch.randn(*shape, generator=draw)
@@ -68,3 +94,7 @@ def normal(draw: torch.Generator, *shape: int) -> Tensor:
 def tied(draw: torch.Generator, *shape: int) -> Tensor:
     """Few different values, so that many are equal."""
     return torch.randint(-2, 3, shape, generator=draw).float()
+
+
+def _close(got: Tensor, expected: Tensor) -> bool:
+    return bool((got - expected).abs().max() <= TOLERANCE * expected.abs().max())
