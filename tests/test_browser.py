@@ -17,7 +17,7 @@ from conftest import chrome
 from handed_in import answered, reference, released
 from problem_sets import COURSE, EXERCISES, SOURCES
 
-from sparselab.course.handout import make_assignment
+from sparselab.course.grader.handout import make_assignment
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow, pytest.mark.timeout(400)]
 

@@ -57,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _assignment(options: argparse.Namespace) -> None:
-    from sparselab.course.handout import make_assignment
+    from sparselab.course.grader.handout import make_assignment
 
     out = options.out or Path("release") / options.problem_set
     names = make_assignment(options.course, options.problem_set, out, options.overwrite)
@@ -65,7 +65,7 @@ def _assignment(options: argparse.Namespace) -> None:
 
 
 def _grade(options: argparse.Namespace) -> None:
-    from sparselab.course.grading import Limits, grade
+    from sparselab.course.grader.grading import Limits, grade
 
     out = options.out or Path("graded") / options.problem_set
     limits = Limits(options.cell_seconds, options.seconds, options.memory_gb)
@@ -79,7 +79,7 @@ def _grade(options: argparse.Namespace) -> None:
 
 
 def _grades(options: argparse.Namespace) -> None:
-    from sparselab.course.grades import renew
+    from sparselab.course.grader.grades import renew
 
     renew(options.folder)
     print(f"Written to {options.folder}: grades.csv, feedback/")

@@ -14,10 +14,10 @@ import pytest
 from handed_in import answered, as_typed, hand_in, reference, released, right_and_wrong
 from problem_sets import COURSE, EXERCISES, INSTRUCTOR, SOURCES, WRONG
 
-from sparselab.course.grades import renew
-from sparselab.course.grading import Limits, grade
-from sparselab.course.handout import make_assignment
-from sparselab.course.submission import exercises
+from sparselab.course.grader.grades import renew
+from sparselab.course.grader.grading import Limits, grade
+from sparselab.course.grader.handout import make_assignment
+from sparselab.course.grader.submission import exercises
 
 nbgrader_api = pytest.importorskip("nbgrader.api")
 
@@ -153,9 +153,8 @@ def trouble(release, tmp_path_factory):
     return graded(folder, tmp_path_factory.mktemp("graded") / "out", "ps1")
 
 
-EACH = {
-    "magnitude_mask": 3, "global_magnitude_masks": 3, "nm_mask": 3, "feature_norms": 4, "wanda_mask": 3, "perplexity": 4,
-}  # fmt: skip
+EACH = dict.fromkeys(["magnitude_mask", "global_magnitude_masks", "nm_mask", "wanda_mask"], 3)
+EACH |= {"feature_norms": 4, "perplexity": 4}
 GONE = "the process of the notebook ended (exit, a crash, or too much memory), in cell wanda_mask-answer"
 UNSTOPPABLE = (
     "the notebook could not be stopped after its time was over: does a loop never end?, in cell feature_norms-answer"

@@ -9,9 +9,9 @@ import pytest
 from nbclient import NotebookClient
 from problem_sets import COURSE, EXERCISES, INSTRUCTOR, SOURCES
 
-from sparselab.course.execution import NOT_GRADED
-from sparselab.course.handout import extras, make_assignment
-from sparselab.course.submission import exercises
+from sparselab.course.grader.execution import NOT_GRADED
+from sparselab.course.grader.handout import extras, make_assignment
+from sparselab.course.grader.submission import exercises
 
 
 def name(path):

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from sparselab.course.submission import assembled, find_submissions
+from sparselab.course.grader.submission import assembled, find_submissions
 
 
 def cell(name, source, **nbgrader):

@@ -13,7 +13,7 @@ from nbgrader.preprocessors import Execute
 from traitlets import Integer, Unicode
 
 from sparselab.course.answers import mentions_the_package
-from sparselab.course.submission import exercises
+from sparselab.course.grader.submission import exercises
 
 NOT_GRADED = "not-graded"  # tag of cells that no check needs, and that would take long
 REMARKS = "sparselab_remarks"

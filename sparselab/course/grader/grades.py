@@ -9,9 +9,9 @@ import nbformat
 from nbgrader.api import Gradebook, MissingEntry
 
 from sparselab import files
-from sparselab.course.execution import REMARKS
-from sparselab.course.handout import database, done, handed_out, nbgrader
-from sparselab.course.submission import exercises
+from sparselab.course.grader.execution import REMARKS
+from sparselab.course.grader.handout import database, done, handed_out, nbgrader
+from sparselab.course.grader.submission import exercises
 from sparselab.journal import read_journal
 
 GRADES = "grades.csv"

@@ -17,10 +17,10 @@ from nbgrader.preprocessors import LimitOutput, SaveAutoGrades
 from tqdm.auto import tqdm
 
 from sparselab import __version__, files
-from sparselab.course.execution import REMARKS, GradedExecution
-from sparselab.course.grades import GRADES, write_grades
-from sparselab.course.handout import check_problem_set, database, done, extras, handed_out, nbgrader, release
-from sparselab.course.submission import Submission, assembled, find_submissions
+from sparselab.course.grader.execution import REMARKS, GradedExecution
+from sparselab.course.grader.grades import GRADES, write_grades
+from sparselab.course.grader.handout import check_problem_set, database, done, extras, handed_out, nbgrader, release
+from sparselab.course.grader.submission import Submission, assembled, find_submissions
 from sparselab.errors import OutputError
 from sparselab.journal import Journal
 
