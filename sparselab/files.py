@@ -201,6 +201,11 @@ def write_text(path: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
+def cache_folder() -> Path:
+    """Where things lie that can be made again at any time: `$SPARSELAB_CACHE`, or `~/.cache/sparselab`."""
+    return Path(os.environ.get("SPARSELAB_CACHE") or Path.home() / ".cache" / "sparselab")
+
+
 def markdown_table(table: "pd.DataFrame") -> str:
     """A table of text as Markdown, columns of the frame in order, underscores of their names as spaces."""
     rows = [

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 from jaxtyping import config, install_import_hook
@@ -16,6 +17,8 @@ _CHECKED = (
 install_import_hook([f"sparselab.{name}" for name in _CHECKED], "runtime_types.check")
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+_cache = tempfile.TemporaryDirectory(prefix="sparselab-cache-")  # nothing that an earlier version has measured
+os.environ["SPARSELAB_CACHE"] = _cache.name
 os.environ["TQDM_DISABLE"] = "1"
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin make small work crawl on a busy machine
 
@@ -109,6 +112,23 @@ def bundled():
     calib = sparselab.calibration_tokens(tokenizer, nsamples=64)
     held_out = sparselab.evaluation_tokens(tokenizer, nsamples=200)
     return model, tokenizer, calib, held_out
+
+
+@pytest.fixture(scope="session")
+def sweep(tmp_path_factory):
+    """The table that problem set 3 asks for, as `sweep_run.ipynb` makes it, but for layer errors."""
+    from sparselab.course.handed_in import FIXED, METHODS, SEEDS
+    from sparselab.experiment import RunConfig, TextConfig, Workbench
+    from sparselab.sweep import read_sweep
+
+    model, tokenizer = sparselab.load("tiny", "cpu")
+    folder = tmp_path_factory.mktemp("runs")
+    text = TextConfig(eval_nsamples=FIXED["eval_nsamples"])
+    bench = Workbench(model, tokenizer, "tiny", text, folder, measure_error=False)
+    for method in METHODS:
+        for seed in range(SEEDS):
+            bench.run(RunConfig(method, FIXED["pattern"], nsamples=FIXED["nsamples"], seed=seed))
+    return read_sweep(folder)
 
 
 @pytest.fixture

@@ -2,8 +2,10 @@
 
 import ast
 import copy
+import importlib
 import inspect
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import nbformat
@@ -39,10 +41,15 @@ def reference(problem_set: str) -> dict[str, str]:
 def as_typed(given: Given) -> str:
     """The text of an answer under the exercise's name, after what it needs of its module."""
     text = inspect.getsource(sys.modules[given.answer.__module__])
-    parts = [node for node in ast.parse(text).body if not (isinstance(node, ast.FunctionDef) and "__" in node.name)]
-    needed = [ast.get_source_segment(text, node) for node in parts[1:]]  # the first is the docstring
-    function = inspect.getsource(given.answer).replace(f"def {given.answer.__name__}(", f"def {given.exercise}(")
-    return "\n".join([*needed, "", function])
+    function = inspect.getsource(given.answer)
+    parts = {node: ast.get_source_segment(text, node) for node in ast.parse(text).body[1:]}  # without the docstring
+    others = {node: part for node, part in parts.items() if isinstance(node, ast.FunctionDef) and "__" in node.name}
+    needed = "\n".join(part for node, part in parts.items() if node not in others)
+    while missing := [
+        part for node, part in others.items() if f"{node.name}(" in needed + function and part not in needed + function
+    ]:
+        needed = "\n".join([needed, *missing])
+    return f"{needed}\n\n" + function.replace(f"def {given.answer.__name__}(", f"def {given.exercise}(")
 
 
 def right_and_wrong(problem_set: str) -> dict[str, dict[str, Given]]:
@@ -53,6 +60,16 @@ def right_and_wrong(problem_set: str) -> dict[str, dict[str, Given]]:
         for given in (given for given in kinds if given.problem_set == problem_set):
             number = counts[given.exercise] = counts.get(given.exercise, 0) + 1
             made.setdefault(f"{name}-{number}", {})[given.exercise] = given
+    return made
+
+
+def tables(problem_set: str) -> dict[str, Callable]:
+    """What turns the true table of a sweep into the one that a submission of this name comes with."""
+    made: dict[str, Callable] = {}
+    answers = vars(importlib.import_module(f"{problem_set}_answers"))
+    for name in ("right", "wrong"):
+        found = [function for each, function in answers.items() if each.startswith(f"table_{name}_")]
+        made |= {f"{name}-{number + 1}": function for number, function in enumerate(found)}
     return made
 
 

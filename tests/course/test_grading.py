@@ -11,7 +11,7 @@ from pathlib import Path
 import hostile
 import nbformat
 import pytest
-from handed_in import answered, as_typed, hand_in, reference, released, right_and_wrong
+from handed_in import answered, as_typed, hand_in, reference, released, right_and_wrong, tables
 from problem_sets import COURSE, EXERCISES, INSTRUCTOR, SOURCES, WRONG
 
 from sparselab.course.grader.grades import renew
@@ -24,7 +24,7 @@ nbgrader_api = pytest.importorskip("nbgrader.api")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200), pytest.mark.filterwarnings("ignore")]
 
 PROBLEM_SETS = [path.stem for path in SOURCES]
-RIGHT_STYLES = 2
+RIGHT_STYLES = ("right-1", "right-2")
 
 
 class Graded:
@@ -70,16 +70,19 @@ def release(tmp_path_factory):
 
 
 @pytest.fixture(scope="module", params=PROBLEM_SETS)
-def a_class(request, release, tmp_path_factory):
+def a_class(request, release, sweep, tmp_path_factory):
     """The reference, a blank notebook, right answers and all wrong ones of a problem set, graded."""
     problem_set, folder = request.param, tmp_path_factory.mktemp("class")
     blank = released(release(problem_set), problem_set)
     hand_in(folder, "blank", blank, problem_set)
-    hand_in(folder, "reference", answered(blank, reference(problem_set)), problem_set)
-    for name, answers in right_and_wrong(problem_set).items():
-        if name.startswith("wrong") or int(name.partition("-")[2]) <= RIGHT_STYLES:
-            typed = {f"{exercise}-answer": as_typed(given) for exercise, given in answers.items()}
-            hand_in(folder, name, answered(blank, typed), problem_set)
+    true = {"results_csv": sweep.to_csv(index=False)} if tables(problem_set) else {}
+    hand_in(folder, "reference", answered(blank, reference(problem_set)), problem_set, **true)
+    answers, altered = right_and_wrong(problem_set), tables(problem_set)
+    for name in dict.fromkeys([*answers, *altered]):
+        if name.startswith("wrong") or name in RIGHT_STYLES:
+            typed = {f"{exercise}-answer": as_typed(given) for exercise, given in answers.get(name, {}).items()}
+            csv = {"results_csv": altered[name](sweep.copy()).to_csv(index=False)} if name in altered else {}
+            hand_in(folder, name, answered(blank, typed), problem_set, **csv)
     return graded(folder, tmp_path_factory.mktemp("graded") / "out", problem_set)
 
 
@@ -90,13 +93,8 @@ def most(problem_set: str) -> dict[str, float]:
 
 def test_what_is_right_gets_all_points_and_a_blank_notebook_none(a_class):
     full = {cell: points for cell, points in most(a_class.problem_set).items() if cell != "question-answer"}
-    for student in ("reference", *(f"right-{number + 1}" for number in range(RIGHT_STYLES))):
-        answers = right_and_wrong(a_class.problem_set).get(student)
-        expected = {
-            cell: points if answers is None or cell.rpartition("-")[0] in answers else 0
-            for cell, points in full.items()
-        }
-        assert a_class.points(student) == expected | {"question-answer": 0}, a_class.rows[student]["reasons"]
+    for student in ("reference", *RIGHT_STYLES):
+        assert a_class.points(student) == full | {"question-answer": 0}, a_class.rows[student]["reasons"]
     assert set(a_class.points("blank").values()) == {0}
     assert a_class.rows["reference"]["reasons"] == ""
 
@@ -108,8 +106,17 @@ def test_every_mutant_is_killed(a_class):
             points = a_class.points(student)
             for exercise, given in answers.items():
                 assert points[f"{exercise}-visible"] == points[f"{exercise}-hidden"] == 0, given
+                assert f"{exercise} raised NameError" not in a_class.rows[student]["reasons"]
                 killed += 1
     assert killed == sum(given.problem_set == a_class.problem_set for given in WRONG) > 0
+
+
+def test_every_table_that_is_wrong_is_refused(a_class):
+    for student in tables(a_class.problem_set):
+        if student.startswith("wrong"):
+            points = a_class.points(student)
+            assert points["results-visible"] == points["results-hidden"] == 0, a_class.rows[student]["reasons"]
+            assert "results" in a_class.rows[student]["reasons"]
 
 
 def test_blank_stubs_fail_visibly_and_helpfully(a_class):
@@ -134,7 +141,7 @@ def test_feedback_tells_nothing_of_the_hidden_checks(a_class):
         page = a_class.feedback(student)
         assert not [line for line in lines if len(line) > 30 and line in page]
         assert str(INSTRUCTOR) not in page
-        assert "Traceback (most recent" not in page
+        assert "checks/hidden.py" not in page
 
 
 @pytest.fixture(scope="module")
