@@ -33,7 +33,7 @@ _MOST_OUTPUT = 2_000_000  # characters of one cell; what a loop prints beyond th
 class GradedExecution(Execute):  # type: ignore[misc]
     """Runs all cells of a notebook; whatever a student's code does, every check has failed with a reason, or passed.
 
-    Checks do not run in cells that are timed out, after the process of the notebook has ended, or where the answer uses
+    A check fails without being run once the notebook's time is over or its process has ended, and where the answer uses
     the answer key. A warning on the way is no mistake (for nbgrader, anything on stderr is).
 
     Args:
