@@ -12,7 +12,7 @@ from sparselab.solvers.hessian import (
 )
 from sparselab.solvers.kernels import Kernel, block_sweeper
 from sparselab.solvers.magnitude import magnitude
-from sparselab.solvers.reconstruction import reconstruct
+from sparselab.solvers.reconstruction import Refined, reconstruct, refine
 from sparselab.solvers.sparsegpt import least_flop, sparsegpt, sweep, sweep_together
 from sparselab.solvers.sparsity import (
     NM,
@@ -32,6 +32,7 @@ __all__ = [
     "InputStatistics",
     "Kernel",
     "Pattern",
+    "Refined",
     "Step",
     "Unstructured",
     "check_blocksize",
@@ -49,6 +50,7 @@ __all__ = [
     "pattern_from_counts",
     "realised_sparsity",
     "reconstruct",
+    "refine",
     "relative_error",
     "sparsegpt",
     "sparsegpt_textbook",

@@ -2,10 +2,12 @@ import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from layers import layer
 
 from sparselab.errors import NonFiniteError, SingularHessianError
-from sparselab.solvers import damped, layer_error, reconstruct, sparsegpt
+from sparselab.solvers import damped, layer_error, magnitude, reconstruct, refine, sparsegpt
 
 
 @pytest.mark.parametrize("shape", [(6, 10), (1, 12), (5, 1)])
@@ -65,3 +67,60 @@ def test_no_unique_optimum_is_an_error():
     X[:, 5] = X[:, 4]
     with pytest.raises(SingularHessianError, match="damped"):
         reconstruct(W, X.T @ X - 1e-9 * torch.eye(8), torch.ones(3, 8, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("shape", [(6, 10), (1, 12), (24, 48), (5, 1)])
+def test_refined_to_the_end_is_the_optimum(shape):
+    W, _, H = layer(*shape)
+    H = damped(H, 0.01)
+    keep = torch.rand(shape, generator=torch.Generator().manual_seed(0)) > 0.5
+    refined = refine(W, H, keep, steps=10 * shape[1])
+    torch.testing.assert_close(refined.weight, reconstruct(W, H, keep), rtol=1e-8, atol=1e-10)
+    assert refined.residual < 1e-12
+
+
+@given(st.integers(1, 12), st.integers(1, 12), st.integers(0, 1000), st.integers(0, 30))
+def test_refined_errors_lie_between_the_optimum_and_the_unrefined(d_out, d_in, seed, steps):
+    W, _, H = layer(d_out, d_in, seed, tokens=2 + seed % (2 * d_in))
+    H = damped(H, 0.01)
+    keep = torch.rand(d_out, d_in, generator=torch.Generator().manual_seed(seed)) > 0.4
+    best = layer_error(W, reconstruct(W, H, keep), H)
+    for start in (None, sparsegpt(W, H, 0.5, keep=keep)):
+        unrefined = layer_error(W, W * keep if start is None else start, H)
+        refined = refine(W, H, keep, start, steps).weight
+        assert not refined[~keep].any()
+        assert best * (1 - 1e-9) - 1e-12 <= layer_error(W, refined, H) <= unrefined * (1 + 1e-9) + 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_more_steps_do_better_and_rounding_does_not_undo_them(dtype):
+    W, _, H = layer(32, 64)
+    H, W = damped(H, 0.01), W.to(dtype)
+    keep = magnitude(W, 0.6) != 0
+    least = layer_error(W, reconstruct(W, H, keep), H)
+    errors = [layer_error(W, refine(W, H.float(), keep, steps=steps).weight, H) / least for steps in (0, 2, 5, 20, 200)]
+    assert errors == sorted(errors, reverse=True) or dtype == torch.bfloat16
+    assert errors[0] > 1.5 > errors[2]
+    assert errors[-1] < (1.001 if dtype == torch.float32 else 1.01)
+
+
+def test_residuals_say_how_far_it_is():
+    W, _, H = layer(8, 32)
+    H, keep = damped(H, 0.01), magnitude(W, 0.5) != 0
+    residuals = [refine(W, H, keep, steps=steps).residual for steps in (0, 5, 20, 100)]
+    assert residuals == sorted(residuals, reverse=True)
+    gradient = (W @ H) * keep
+    assert residuals[0] == pytest.approx(float((((W - W * keep) @ H) * keep).norm() / gradient.norm()))
+    assert refine(W, H, torch.zeros_like(keep)).residual == 0
+
+
+@pytest.mark.usefixtures("untyped")
+def test_refine_leaves_its_arguments_and_refuses_what_makes_no_sense():
+    W, _, H = layer(3, 8)
+    keep, given = torch.ones(3, 8, dtype=torch.bool), (W.clone(), H.clone())
+    refine(W, H, keep)
+    assert (torch.equal(W, given[0]), torch.equal(H, given[1])) == (True, True)
+    with pytest.raises(ValueError, match="steps: expected at least 0, received -1"):
+        refine(W, H, keep, steps=-1)
+    with pytest.raises(TypeError, match=r"keep: expected a mask of torch\.bool"):
+        refine(W, H, keep.float())
