@@ -70,11 +70,13 @@ def _grade(options: argparse.Namespace) -> None:
     limits = Limits(options.cell_seconds, options.seconds, options.memory_gb)
     if not sys.platform.startswith("linux"):
         print("memory of the notebooks is not limited: this system cannot")
-    grade(
+    problems = grade(
         options.course, options.problem_set, options.submissions, out, limits,
         workers=options.workers, overwrite=options.overwrite, resume=options.resume,
     )  # fmt: skip
     print(f"Written to {out}: grades.csv, feedback/")
+    if problems:
+        raise SparselabError(f"could not be graded, see grades.csv for the reasons: {', '.join(problems)}")
 
 
 def _grades(options: argparse.Namespace) -> None:

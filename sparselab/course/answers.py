@@ -68,6 +68,8 @@ class Answer:
             said = f"{type(error).__name__}: {error}".removesuffix(": ")
             words = ", ".join(map(_described, arguments))
             raise CheckError(f"{self.name} raised {said}; it was called with {words}") from error
+        if isinstance(result, Iterator):  # whose body would run later, unseen
+            raise CheckError(f"{self.name} returns a {type(result).__name__}; return all that it yields, in a list")
         if caught:
             raise CheckError(f"{self.name} calls {caught[0]}, which is the answer key; write it with torch alone")
         for number, (before, after) in enumerate(zip(arguments, given, strict=True), 1):
@@ -125,16 +127,8 @@ def _of_the_package(filename: str) -> bool:
 
 def _uses_the_package(function: Callable[..., Any]) -> bool:
     try:
-        return mentions_the_package(inspect.getsource(function))
-    except (OSError, TypeError):  # defined where there is no text to look at
-        return False
-
-
-def mentions_the_package(source: str) -> bool:
-    """Whether code imports sparselab or uses it by that name; what cannot be parsed does not."""
-    try:
-        nodes = list(ast.walk(ast.parse(textwrap.dedent(source))))
-    except SyntaxError:
+        nodes = list(ast.walk(ast.parse(textwrap.dedent(inspect.getsource(function)))))
+    except (OSError, TypeError, SyntaxError):  # defined where there is no text to look at
         return False
     modules = [each.name for node in nodes if isinstance(node, ast.Import) for each in node.names]
     modules += [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]

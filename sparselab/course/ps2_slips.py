@@ -47,7 +47,8 @@ def of_the_sweep(W: Tensor, H: Tensor, keep: Tensor) -> Slips:
         for q in range(len(H)):
             swept[:, q + 1 :] -= torch.outer(swept[:, q] * ~keep[:, q], share[q, q + 1 :])
         slips[reason] = swept * keep
-    return slips
+    at_once = W - (W * ~keep / U.diagonal()) @ U.triu(1)
+    return slips | {"err is taken from the dense weight; w_q is what earlier columns have left": at_once * keep}
 
 
 def of_the_score(W: Tensor, H: Tensor, scores: Tensor) -> Slips:
@@ -69,6 +70,7 @@ def of_the_gap(best: Tensor, weight: Tensor, hessian: Tensor, pruned: Tensor, ke
     masked, unit = row_errors(weight, hessian, weight * keep), torch.eye(len(hessian))
     return {
         "a ratio for each row, then their mean; sum errors over rows, then divide": (error / least)[1:].mean(),
+        "one too little: the ratio itself is asked for": error.sum() / least.sum() - 1,
         "the square root of it": (error.sum() / least.sum()).sqrt(),
         "upside down": least.sum() / error.sum(),
         "the error, not divided by the least": error.sum(),

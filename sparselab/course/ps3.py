@@ -66,7 +66,11 @@ def paired_difference(function: Callable[..., Any], seed: int = 0) -> str:
         logs = 2.7 + level + noise + torch.tensor([[0.0], [0.05]])
         a = dict(zip(common.tolist(), logs[0].tolist(), strict=True)) | {20 + i: 3.5 + i for i in range(alone)}
         b = dict(zip(common.tolist(), logs[1].tolist(), strict=True)) | {30 + i: 2.0 - i / 2 for i in range(alone)}
-        runs = {"wanda": a, "sparsegpt": dict(reversed(b.items())), "magnitude": {s: 4 + v for s, v in a.items()}}
+        runs = {
+            "wanda": a,
+            "sparsegpt": dict(reversed(b.items())),
+            "magnitude": {s: 4 + v for s, v in list(a.items())[1:]},
+        }
         rows = [(name, s, math.exp(value)) for name, found in runs.items() for s, value in found.items()]
         table = pd.DataFrame(rows, columns=["method", "seed", "perplexity"])
         table = table.loc[torch.randperm(len(table), generator=draw).tolist()] if alone else table

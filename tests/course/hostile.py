@@ -70,6 +70,28 @@ def nm_mask(scores, n, m):
     keep = torch.zeros_like(groups, dtype=torch.bool)
     return keep.scatter(1, groups.topk(n, dim=1).indices, True).reshape(scores.shape)
 """
+LEAKING = """
+def nm_mask(scores, n, m):
+    import inspect, sys
+    raise ValueError(inspect.getsource(sys.modules["hidden"]))
+"""
+CHATTY = """
+def nm_mask(scores, n, m):
+    print("x" * 50_000)
+    groups = scores.reshape(-1, m)
+    keep = torch.zeros_like(groups, dtype=torch.bool)
+    return keep.scatter(1, groups.topk(n, dim=1).indices, True).reshape(scores.shape)
+"""
+HELPER = """
+def kept_places(groups, n):
+    return groups.topk(n, dim=1).indices
+"""
+HELPED = """
+def nm_mask(scores, n, m):
+    groups = scores.reshape(-1, m)
+    keep = torch.zeros_like(groups, dtype=torch.bool)
+    return keep.scatter(1, kept_places(groups, n), True).reshape(scores.shape)
+"""
 CURIOUS = """
 import inspect, sys
 print(inspect.getsource(sys.modules["hidden"]))
@@ -123,7 +145,10 @@ def submissions(blank: NotebookNode) -> dict[str, NotebookNode]:
         "gone": solved(wanda_mask=GONE),
         "flood": solved(nm_mask=FLOOD),
         "loud": solved(nm_mask=LOUD, question="Because."),
-        "curious": _with(solved(), CURIOUS, -1),
+        "chatty": solved(nm_mask=CHATTY),
+        "helped": answered(solved(nm_mask=HELPED), {"masks-picture": HELPER.strip()}),
+        "leaking": solved(nm_mask=LEAKING),
+        "curious": solved(perplexity=reference("ps1")["perplexity-answer"] + CURIOUS),
         "deleted": _deleted(solved()),
         "edited": _edited(blank),
         "checks": _with(blank, OTHER_CHECKS, 2),

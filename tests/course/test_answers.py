@@ -46,6 +46,10 @@ def by_the_check(weight):
     return ps1.kind(weight)
 
 
+def generating(weight):
+    yield from solvers.magnitude(weight, 0.5)
+
+
 def in_place(weight):
     return weight.zero_()
 
@@ -79,6 +83,7 @@ def endless(weight):
         (in_a_thread, WEIGHT, "in_a_thread calls sparselab's magnitude, which is the answer key"),
         (unseen, WEIGHT, "unseen calls sys.setprofile, which hides what else it calls"),
         (by_the_check, WEIGHT, "by_the_check calls sparselab's kind, which is the answer key"),
+        (generating, WEIGHT, "generating returns a generator; return all that it yields, in a list"),
         (in_place, WEIGHT, "in_place changes its argument 1 in place; work on a copy"),
         (in_a_list, [WEIGHT], "in_a_list changes its argument 1 in place"),
         (unwritten, WEIGHT, "unwritten is not written yet"),

@@ -49,9 +49,9 @@ class Graded:
 
 
 def graded(folder: Path, out: Path, problem_set: str, **how) -> Graded:
-    limits = Limits(cell_seconds=30, seconds=90, memory_gb=4)
-    path = grade(COURSE, problem_set, folder, out, limits, workers=2, **how)
-    with path.open(newline="") as file:
+    limits = Limits(cell_seconds=30, seconds=120, memory_gb=4)
+    assert grade(COURSE, problem_set, folder, out, limits, workers=2, **how) == []
+    with (out / "grades.csv").open(newline="") as file:
         return Graded(out, problem_set, list(csv.DictReader(file)))
 
 
@@ -140,6 +140,7 @@ def test_feedback_tells_nothing_of_the_hidden_checks(a_class):
     for student in a_class.rows:
         page = a_class.feedback(student)
         assert not [line for line in lines if len(line) > 30 and line in page]
+        assert "HIDDEN" not in page
         assert str(INSTRUCTOR) not in page
         assert "checks/hidden.py" not in page
 
@@ -177,7 +178,7 @@ TAMPERED = "the checks do not work any more, after what the notebook has changed
             "global_magnitude_masks raised IndexError: list index out of range; it was called with [a tensor [6, 8], ",
             "nm_mask raised RuntimeError: ",
             "feature_norms raised MemoryError; it was called with a Sequential, '0', [a tensor [6, 5, 6]]",
-            "wanda_mask uses sparselab, which is the answer key",
+            "wanda_mask calls sparselab's wanda, which is the answer key",
             "perplexity raised SystemExit",
         ]),
         ("endless", ["magnitude_mask"], ["magnitude_mask ran for more than 20 s: does a loop never end?"]),
@@ -188,6 +189,9 @@ TAMPERED = "the checks do not work any more, after what the notebook has changed
         ("gone", ["wanda_mask", "perplexity"], [f"{GONE}; nothing after it was run", f"perplexity: {GONE}"]),
         ("flood", ["nm_mask"], ["nm_mask returns None, expected a boolean tensor [4, 16]"]),
         ("loud", [], []),
+        ("chatty", [], []),
+        ("helped", [], []),
+        ("leaking", ["nm_mask"], ["nm_mask: (what shows the grader's files is left out)"]),
         ("curious", [], []),
         ("deleted", ["magnitude_mask"], [
             "cells deleted, and put back: magnitude_mask-answer, magnitude_mask-visible, magnitude_mask-hidden",
@@ -267,7 +271,7 @@ def test_points_given_by_hand_count_and_are_not_lost(interrupted):
     assert (rows["one"]["points"], rows["one"]["by_hand"]) == ("20", "4")
     assert "Score: 23.0 / 24.0" in (out / "feedback" / "two" / "ps1" / "ps1.html").read_text()
     again = _run(*words, "--overwrite")
-    assert (again.returncode, "points that were given by hand" in again.stderr) == (1, True)
+    assert (again.returncode, "points or comments given by hand" in again.stderr) == (1, True)
     with pytest.raises(ValueError, match="expected a folder of graded submissions"):
         renew(folder)
 

@@ -83,6 +83,28 @@ def test_a_copy_of_a_cell_is_a_cell_of_ones_own(tmp_path):
     assert (sources(notebook)[-1], dict(notebook.cells[-1].metadata)) == ("second try", {})
 
 
+def test_cells_that_are_not_graded_are_run_if_answers_may_need_them(tmp_path):
+    out = nbformat.from_dict(HANDED_OUT)
+    out.cells[1].metadata.tags = ["not-graded"]
+
+    def tags(cells):
+        return assembled(out, write(tmp_path, cells))[0].cells[1].metadata.get("tags")
+
+    assert tags(out.cells) == ["not-graded"]
+    assert tags([*out.cells, {"cell_type": "markdown", "source": "Why?"}]) == ["not-graded"]
+    cells = given_back(out.cells)
+    assert tags([*cells, {"cell_type": "code", "source": "plot()"}]) is None
+    cells[1]["source"] = "def helper(): ..."
+    assert tags(cells) is None
+
+
+def test_pictures_in_texts_stay(tmp_path):
+    cells = given_back(HANDED_OUT.cells)
+    cells[0]["attachments"] = {"plot.png": {"image/png": "AAAA"}, "odd": 3}
+    notebook, _ = assembled(HANDED_OUT, write(tmp_path, cells))
+    assert notebook.cells[0].attachments == {"plot.png": {"image/png": "AAAA"}}
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", '"cells"', '{"cells": 1}', '{"cells": {}}', "[" * 10_000, "\0\1"])
 def test_what_is_no_notebook_counts_as_no_answers(tmp_path, text):
     (tmp_path / "n.ipynb").write_text(text)
@@ -96,7 +118,8 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["id", "nbgrader", "x"]), inner),
     max_leaves=6,
 )
-ANY_CELL = st.dictionaries(st.sampled_from(["id", "cell_type", "source", "metadata", "outputs"]), JSON) | JSON
+NAMES = ["id", "cell_type", "source", "metadata", "outputs", "attachments"]
+ANY_CELL = st.dictionaries(st.sampled_from(NAMES), JSON) | JSON
 
 
 @given(st.lists(ANY_CELL, max_size=6))
@@ -108,14 +131,15 @@ def test_any_cells_give_a_valid_notebook_with_all_checks(tmp_path_factory, cells
 
 
 def test_submissions_are_found_in_all_the_ways_they_come(tmp_path):
-    for name in ("Ann/ps1.ipynb", "Ben/ps1/ps1.ipynb", "Carl/mine.ipynb", "Dan.ipynb", "Eve/a.ipynb", "Eve/b.ipynb"):
+    files = ("Ann/ps1.ipynb", "Ben/ps1/ps1.ipynb", "Carl/mine.ipynb", "Dan.ipynb", "Eve/a.ipynb", "Eve/b.ipynb")
+    for name in (*files, "Carl/sweep_run.ipynb", "Ann/ps1/notes.txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("{}")
     (tmp_path / "Ben" / "ps1" / "results.csv").write_text("1")
     (tmp_path / "Ben" / "ps1" / "torch.py").write_text("1")
     (tmp_path / "readme.txt").write_text("not a submission")
     (tmp_path / ".hidden").mkdir()
-    found = {each.student: each for each in find_submissions(tmp_path, "ps1", ["results.csv"])}
+    found = {each.student: each for each in find_submissions(tmp_path, "ps1", ["results.csv"], ["sweep_run.ipynb"])}
     assert list(found) == ["Ann", "Ben", "Carl", "Dan", "Eve"]
     assert found["Ann"].notebook == tmp_path / "Ann" / "ps1.ipynb"
     assert found["Ben"].others == {"results.csv": tmp_path / "Ben" / "ps1" / "results.csv"}

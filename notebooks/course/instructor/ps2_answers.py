@@ -883,6 +883,15 @@ def optimality_gap__wrong_inverse(weight, hessian, pruned, keep):
     return optimality_gap__right_normal_equations(weight, torch.linalg.inv(hessian), pruned, keep)
 
 
+def optimality_gap__wrong_whole_inverse(weight, hessian, pruned, keep):
+    """H is inverted as a whole, and cut to the kept inputs afterwards."""
+    inverse, best = torch.linalg.inv(hessian), torch.zeros_like(weight)
+    for row, kept in enumerate(keep):
+        best[row, kept] = inverse[kept][:, kept] @ (hessian[kept] @ weight[row])
+    error, least = (((weight - each) @ hessian * (weight - each)).sum() for each in (pruned, best))
+    return float(error / least)
+
+
 def optimality_gap__wrong_sqrt(weight, hessian, pruned, keep):
     return math.sqrt(optimality_gap__right_least_squares(weight, hessian, pruned, keep))
 

@@ -112,13 +112,19 @@ def paired_difference__right_index(table, a, b):
 
 
 def paired_difference__wrong_unpaired(table, a, b):
-    logs = np.log(table.pivot(index="seed", columns="method", values="perplexity")).dropna()
+    logs = np.log(table.pivot(index="seed", columns="method", values="perplexity"))[[a, b]].dropna()
     spread = math.sqrt((logs[a].var() + logs[b].var()) / len(logs))
     return (logs[b] - logs[a]).mean(), T95[len(logs) - 1] * spread
 
 
-def paired_difference__wrong_sum_of_halves(table, a, b):
+def paired_difference__wrong_seeds_of_all(table, a, b):
+    """Seeds that a third method lacks are dropped as well."""
     logs = np.log(table.pivot(index="seed", columns="method", values="perplexity")).dropna()
+    return interval__right_pandas((logs[b] - logs[a]).tolist())
+
+
+def paired_difference__wrong_sum_of_halves(table, a, b):
+    logs = np.log(table.pivot(index="seed", columns="method", values="perplexity"))[[a, b]].dropna()
     halves = [interval__right_pandas(logs[name].tolist())[1] for name in (a, b)]
     return (logs[b] - logs[a]).mean(), sum(halves)
 

@@ -25,7 +25,8 @@ def write_grades(root: Path) -> list[dict[str, str]]:
 
     Returns:
         Its rows, by student: student, points, of, by_hand (points of answers that a person has yet to read), one column
-        for each exercise, and reasons: what went wrong, exercise by exercise, and what was odd about the submission.
+        for each exercise, reasons: what went wrong, exercise by exercise, and what was odd about the submission; and
+        feedback: the path of the page for the student.
     """
     work, entries = read_journal(root / files.JOURNAL)
     problem_set = (work or {})["problem_set"]
@@ -33,7 +34,8 @@ def write_grades(root: Path) -> list[dict[str, str]]:
     with Gradebook(f"sqlite:///{database(root)}") as book:
         rows = [_row(root, book, problem_set, entry, most) for entry in sorted(entries, key=lambda each: each["name"])]
     text = io.StringIO()
-    table = csv.DictWriter(text, ["student", "points", "of", "by_hand", *most, "reasons"], lineterminator="\n")
+    names = ["student", "points", "of", "by_hand", *most, "reasons", "feedback"]
+    table = csv.DictWriter(text, names, lineterminator="\n")
     table.writeheader()
     table.writerows(rows)
     files.write_text(root / GRADES, text.getvalue())
@@ -76,7 +78,8 @@ def _row(
     reasons = [entry["problem"]] if entry["problem"] else list(_reasons(root, problem_set, entry["key"]))
     numbers = {"points": sum(points.values()), "of": sum(most.values()), "by_hand": waiting} | points
     written = {name: f"{number:g}" for name, number in numbers.items()}
-    return {"student": entry["name"]} | written | {"reasons": " | ".join(reasons)}
+    page = "" if entry["problem"] else f"feedback/{entry['key']}/{problem_set}/{problem_set}.html"
+    return {"student": entry["name"]} | written | {"reasons": " | ".join(reasons), "feedback": page}
 
 
 def _reasons(root: Path, problem_set: str, key: str) -> Iterator[str]:

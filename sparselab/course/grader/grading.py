@@ -1,5 +1,6 @@
 """A folder of submissions graded by nbgrader: points, reasons and feedback, whatever was handed in."""
 
+import hashlib
 import importlib
 import multiprocessing
 import os
@@ -7,7 +8,9 @@ import shutil
 import sys
 import tempfile
 import warnings
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +21,9 @@ from nbgrader.preprocessors import LimitOutput, SaveAutoGrades
 from tqdm.auto import tqdm
 
 from sparselab import __version__, files
+from sparselab.course import answers
 from sparselab.course.grader.execution import REMARKS, GradedExecution
-from sparselab.course.grader.grades import GRADES, write_grades
+from sparselab.course.grader.grades import write_grades
 from sparselab.course.grader.handout import check_problem_set, database, done, extras, handed_out, nbgrader, release
 from sparselab.course.grader.submission import Submission, assembled, find_submissions
 from sparselab.errors import OutputError
@@ -68,7 +72,7 @@ def grade(
     workers: int = 1,
     overwrite: bool = False,
     resume: bool = False,
-) -> Path:
+) -> list[str]:
     """Grade every submission in a folder.
 
     Each is put into the notebook that was handed out, and run by nbgrader. `out` becomes a course folder of nbgrader's
@@ -86,7 +90,7 @@ def grade(
         resume: go on where an interrupted run of the same work has stopped.
 
     Returns:
-        The path of the table.
+        Names of students who could not be graded, if there are any: they have no points, and the table says why.
 
     Raises:
         ValueError: no such problem set, no submissions, or an argument makes no sense.
@@ -97,11 +101,12 @@ def grade(
     if workers < 1:
         raise ValueError(f"workers: expected at least 1, received {workers}")
     limits = limits or Limits()
-    found = find_submissions(submissions, problem_set, extras(course, problem_set)["hand_in"])
+    found = find_submissions(submissions, problem_set, **extras(course, problem_set))
     _check_not_by_hand(out)
     work = {"problem_set": problem_set, "submissions": str(submissions.resolve()), "limits": asdict(limits)}
+    work |= {"checks": _digest(course, problem_set), "version": __version__}
     with files.resumable_output(out, overwrite, [course, submissions]) as root:
-        journal = Journal(root / files.JOURNAL, work | {"version": __version__}, resume)
+        journal = Journal(root / files.JOURNAL, work, resume)
         if not journal.entries:
             files.clear(root, [])
             release(course, problem_set, root)
@@ -112,7 +117,14 @@ def grade(
         _grade_all(waiting, workers, journal)
         write_grades(root)
         files.write_stamp(root, "grade", work)
-    return out / GRADES
+        return [entry["name"] for entry in journal.entries if entry["problem"]]
+
+
+def _digest(course: Path, problem_set: str) -> str:
+    """Of all that decides on points: the problem set and its checks."""
+    paths = [course / "source" / problem_set / f"{problem_set}.ipynb", course / "instructor" / "hidden.py"]
+    paths += sorted(Path(answers.__file__).parent.rglob("*.py"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()[:16]
 
 
 def _prepare(problem_set: str) -> None:
@@ -123,21 +135,36 @@ def _prepare(problem_set: str) -> None:
 
 
 def _grade_all(tasks: list[Task], workers: int, journal: Journal) -> None:
-    """In processes of their own: nbgrader changes the current folder, and students must not meet in one."""
+    """All submissions; those with which something went wrong are tried once more, each by itself."""
+
+    def note(task: Task, problem: str) -> None:
+        journal.append({"key": task.submission.key, "name": task.submission.student, "problem": problem})
+        bar.update()
+
+    with tqdm(total=len(tasks), unit="student") as bar:
+        again = []
+        for task, problem in _grade_at_once(tasks, workers):
+            if problem:
+                again.append(task)
+            else:
+                note(task, "")
+        for task in again:
+            note(*next(_grade_at_once([task], 1)))
+
+
+def _grade_at_once(tasks: list[Task], workers: int) -> Iterator[tuple[Task, str]]:
+    """Tasks and what went wrong, as they end, in processes of their own: nbgrader changes the current folder."""
     spawn = multiprocessing.get_context("spawn")
-    with (
-        ProcessPoolExecutor(workers, spawn, _share_the_machine, (workers,)) as pool,
-        tqdm(total=len(tasks), unit="student") as bar,
-    ):
-        running = {pool.submit(_grade_one, task): task.submission for task in tasks}
+    with ProcessPoolExecutor(workers, spawn, _share_the_machine, (workers,)) as pool:
+        running = {pool.submit(_grade_one, task): task for task in tasks}
         try:
             for future in as_completed(running):
-                submission = running[future]
-                journal.append({"key": submission.key, "name": submission.student, "problem": future.result()})
-                bar.update()
-        except BaseException:
+                try:
+                    yield running[future], future.result()
+                except BrokenProcessPool:
+                    yield running[future], "could not be graded: the process that graded it was ended"
+        finally:
             pool.shutdown(wait=False, cancel_futures=True)
-            raise
 
 
 def _share_the_machine(workers: int) -> None:
@@ -160,29 +187,35 @@ def _grade_one(task: Task) -> str:
         Why it could not be graded; empty if it was.
     """
     key, problem_set = task.submission.key, task.problem_set
-    with tempfile.TemporaryDirectory() as own:  # nothing of what a student's code leaves in it meets the next one
-        os.environ |= {"IPYTHONDIR": str(Path(own, "ipython")), "SPARSELAB_CACHE": str(Path(own, "cache"))}
-        if task.cache.is_dir():
-            shutil.copytree(task.cache, Path(own, "cache"))
-        checks = Path(own, "checks")
-        checks.mkdir()
-        shutil.copy(task.instructor / "hidden.py", checks)
-        execution: dict[str, Any] = {
-            "timeout": task.limits.cell_seconds,
-            "seconds": task.limits.seconds,
-            "memory": round(1e9 * task.limits.memory_gb),
-            "instructor": str(checks.resolve()),
-        }
-        steps = [GradedExecution, LimitOutput, SaveAutoGrades]
-        api = nbgrader(task.root, Autograde={"autograde_preprocessors": steps}, GradedExecution=execution)
+    # What a student's code leaves in this folder does not meet the next one; a process it left may still write there.
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as own:
         try:
             warnings.simplefilter("ignore")  # nbgrader's own
+            api = nbgrader(task.root, **_settings(task, Path(own)))
             _lay_out(task)
             done(api.autograde(problem_set, key), task.submission.student)
             done(api.generate_feedback(problem_set, key), task.submission.student)
         except Exception as error:  # one student's trouble must not be that of the others
             return f"could not be graded: {type(error).__name__}: {error}"
     return ""
+
+
+def _settings(task: Task, own: Path) -> dict[str, dict[str, Any]]:
+    """What nbgrader has to know to run a notebook, and a folder for what belongs to this run alone."""
+    checks = own / "checks"
+    checks.mkdir()
+    shutil.copy(task.instructor / "hidden.py", checks)
+    if task.cache.is_dir():
+        shutil.copytree(task.cache, own / "cache")
+    os.environ |= {"IPYTHONDIR": str(own / "ipython"), "SPARSELAB_CACHE": str(own / "cache")}
+    execution = {
+        "timeout": task.limits.cell_seconds,
+        "seconds": task.limits.seconds,
+        "memory": round(1e9 * task.limits.memory_gb),
+        "instructor": str(checks.resolve()),
+    }
+    steps = [GradedExecution, LimitOutput, SaveAutoGrades]
+    return {"Autograde": {"autograde_preprocessors": steps}, "GradedExecution": execution}
 
 
 def _lay_out(task: Task) -> None:
@@ -199,12 +232,14 @@ def _lay_out(task: Task) -> None:
 
 
 def _check_not_by_hand(out: Path) -> None:
-    """Points that a person has given are not replaced."""
+    """What a person has given is not replaced."""
     stamp = files.read_stamp(out)
     if stamp is None or stamp["command"] != "grade" or not database(out).is_file():
         return
     with Gradebook(f"sqlite:///{database(out)}") as book:
         problem_set = stamp["settings"]["problem_set"]
         given = [each for each in book.assignment_submissions(problem_set) for each in each.notebooks]
-        if any(score.manual_score is not None for notebook in given for score in notebook.grades):
-            raise OutputError(f"{out}: holds points that were given by hand; move it, or choose another --out")
+        scores = [score for notebook in given for score in notebook.grades]
+        comments = [comment.manual_comment for notebook in given for comment in notebook.comments]
+        if any(comments) or any(score.manual_score is not None or score.extra_credit for score in scores):
+            raise OutputError(f"{out}: holds points or comments given by hand; move it, or choose another --out")
