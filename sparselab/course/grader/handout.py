@@ -78,6 +78,7 @@ def nbgrader(root: Path, **settings: dict[str, Any]) -> NbGraderAPI:
     programs = str(Path(sys.executable).parent)  # it calls alembic by name
     if programs not in os.environ["PATH"].split(os.pathsep):
         os.environ["PATH"] = os.pathsep.join([programs, os.environ["PATH"]])
+    root = root.resolve()  # nbgrader changes the current folder
     place = {"root": str(root), "db_url": f"sqlite:///{database(root)}"}
     config = Config(CourseDirectory=place, Exchange={"root": str(root)}, **settings)
     return NbGraderAPI(config=config)
