@@ -58,11 +58,14 @@ class GradedExecution(Execute):  # type: ignore[misc]
         self._deadline = time.monotonic() + self.seconds
         self._ended, self._limited, self._word = "", False, ""
         self._remarks = list(nb.metadata.pop(REMARKS, []))
+        lines = [line.strip() for path in Path(self.instructor).glob("*.py") for line in path.read_text().splitlines()]
+        secret = [self.instructor, *(line for line in lines if len(line) > 30)]
+        self._secret = {form for words in secret for form in (words, repr(words)[1:-1])}
         self.timeout_func = lambda _cell: self._left()
         nb, resources = super().preprocess(nb, resources, km)
         if self._remarks:
-            lines = "".join(f"- {remark}\n" for remark in self._remarks)
-            nb.cells.insert(0, new_markdown_cell(f"**Remarks of the grader**\n\n{lines}", id="remarks"))
+            listed = "".join(f"- {remark}\n" for remark in self._remarks)
+            nb.cells.insert(0, new_markdown_cell(f"**Remarks of the grader**\n\n{listed}", id="remarks"))
         nb.metadata[REMARKS] = self._remarks
         return nb, resources
 
@@ -130,9 +133,8 @@ class GradedExecution(Execute):  # type: ignore[misc]
 
     def _shows_instructor(self, output: NotebookNode) -> bool:
         """Whether an output has something of the instructor's folder, as it is or as Python would write it."""
-        lines = [line.strip() for path in Path(self.instructor).glob("*.py") for line in path.read_text().splitlines()]
-        secret = [self.instructor, *(line for line in lines if len(line) > 30)]
-        return any(words in str(output) or repr(words)[1:-1] in str(output) for words in secret)
+        shown = str(output)
+        return any(words in shown for words in self._secret)
 
 
 def _verdict(outputs: list[NotebookNode], word: str, ended: str) -> NotebookNode:

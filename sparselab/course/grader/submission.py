@@ -123,10 +123,9 @@ def _read(path: Path | None) -> tuple[list[dict[str, Any]], list[str]]:
     if path is None:
         return [], []
     try:
-        written = json.loads(path.read_text(encoding="utf-8"))
-        cells = written["cells"]
+        cells: Any = json.loads(path.read_text(encoding="utf-8"))["cells"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return [], [f"{path.name} cannot be read as a notebook"]
+        cells = None
     if not isinstance(cells, list):
         return [], [f"{path.name} cannot be read as a notebook"]
     return [cell for cell in cells if isinstance(cell, dict)], []
