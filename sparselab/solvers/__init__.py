@@ -1,6 +1,8 @@
 """The mathematics of pruning on plain tensors: nothing here knows about models, files or devices."""
 
-from sparselab.solvers.checks import check_blocksize, check_percdamp, check_weight
+from sparselab.solvers.admm import AdmmSystem, admm, admm_iterations, admm_system
+from sparselab.solvers.checks import check_blocksize, check_percdamp, check_weight, check_whole
+from sparselab.solvers.enumeration import best_mask
 from sparselab.solvers.hessian import (
     Factor,
     InputStatistics,
@@ -12,7 +14,9 @@ from sparselab.solvers.hessian import (
 )
 from sparselab.solvers.kernels import Kernel, block_sweeper
 from sparselab.solvers.magnitude import magnitude
+from sparselab.solvers.quantisation import Grid, check_wbits, row_grids
 from sparselab.solvers.reconstruction import Refined, reconstruct, refine
+from sparselab.solvers.ria import ria
 from sparselab.solvers.sparsegpt import least_flop, sparsegpt, sweep, sweep_together
 from sparselab.solvers.sparsity import (
     NM,
@@ -27,18 +31,26 @@ from sparselab.solvers.textbook import Step, sparsegpt_textbook, textbook_steps
 from sparselab.solvers.wanda import wanda
 
 __all__ = [
+    "AdmmSystem",
     "NM",
     "Factor",
+    "Grid",
     "InputStatistics",
     "Kernel",
     "Pattern",
     "Refined",
     "Step",
     "Unstructured",
-    "check_blocksize",
+    "admm",
+    "admm_iterations",
+    "admm_system",
+    "best_mask",
     "block_sweeper",
+    "check_blocksize",
     "check_percdamp",
+    "check_wbits",
     "check_weight",
+    "check_whole",
     "damped",
     "dead_columns",
     "factorise",
@@ -52,6 +64,8 @@ __all__ = [
     "reconstruct",
     "refine",
     "relative_error",
+    "ria",
+    "row_grids",
     "sparsegpt",
     "sparsegpt_textbook",
     "sweep",

@@ -18,20 +18,31 @@ from torch import Tensor
 from sparselab.errors import NonFiniteError, SingularHessianError
 from sparselab.solvers.checks import all_finite, check_hessian, check_matrix, check_percdamp, check_tensor
 
-# Columns of the Hessian that are summed, and columns of its factor that are found, in one product. As many as the
-# usual block of the sweep, which then finds the inverses of its corners at hand.
+# Columns of the Hessian that are summed, and columns of its factor that are found, in one product on the CPU. As many
+# as the usual block of the sweep, which then finds the inverses of its corners at hand.
 PANEL = 128
+
+
+def _panel_width(device: torch.device) -> int:
+    """Columns at a time: a GPU wants more of them."""
+    return PANEL if device.type == "cpu" else 8 * PANEL
 
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """float32 matrix products in float32 inside, whatever TF32 or bfloat16 short cuts the user has allowed."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    """float32 matrix products in float32 inside, whatever TF32 or bfloat16 short cuts the user has allowed.
+
+    Asked library by library: the older `torch.get_float32_matmul_precision` fails where a user has allowed them so.
+    """
+    libraries: list[Any] = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]  # type: ignore[attr-defined]
+    before = [library.fp32_precision for library in libraries]
     try:
+        for library in libraries:
+            library.fp32_precision = "ieee"
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        for library, precision in zip(libraries, before, strict=True):
+            library.fp32_precision = precision
 
 
 class InputStatistics:
@@ -140,7 +151,7 @@ class InputStatistics:
 
     def _panels(self) -> list[slice]:
         """Columns that are summed at a time, each with all columns after it."""
-        d_in, width = len(self._sum), PANEL if self._sum.device.type == "cpu" else 8 * PANEL
+        d_in, width = len(self._sum), _panel_width(self._sum.device)
         return [slice(start, min(start + width, d_in)) for start in range(0, d_in, width)]
 
     def _check_range(self, rows: Float[Tensor, "tokens d_in"]) -> None:
@@ -272,7 +283,8 @@ def factorise(hessian: Float[Tensor, "d d"], percdamp: float) -> Factor:
 
     V is found from its last columns to its first, a panel at a time: with the columns after panel j known,
     V_{≤j,j} V_jjᵀ = (H + λI)_{≤j,j} − V_{≤j,>j} V_{j,>j}ᵀ. Nearly all the work is the product on the right, which runs
-    at full speed where a library's Cholesky does not, and nothing has to be turned about.
+    at full speed where a library's Cholesky does not, and nothing has to be turned about. On a GPU, which waits for
+    each panel's small steps, panels are wider.
 
     Args:
         hessian: XᵀX summed over calibration tokens; only its upper half is read.
@@ -284,9 +296,11 @@ def factorise(hessian: Float[Tensor, "d d"], percdamp: float) -> Factor:
     """
     diagonal = _damped_diagonal(hessian, percdamp)
     H = hessian.detach().to(diagonal.dtype)
-    V, corners = torch.zeros_like(H, memory_format=torch.contiguous_format), []
-    for start in reversed(range(0, len(V), PANEL)):
-        stop = min(start + PANEL, len(V))
+    V = torch.zeros_like(H, memory_format=torch.contiguous_format)
+    corners: list[Tensor] = []
+    width = _panel_width(H.device)
+    for start in reversed(range(0, len(V), width)):
+        stop = min(start + width, len(V))
         rest = V[:stop, stop:] @ V[start:stop, stop:].T
         panel = torch.sub(H[:stop, start:stop], rest, out=V[:stop, start:stop])
         corner = panel[start:]
@@ -296,8 +310,10 @@ def factorise(hessian: Float[Tensor, "d d"], percdamp: float) -> Factor:
             raise _damaged()
         _check_definite(info, len(V), percdamp)
         corner.copy_(lower.flip(0, 1))
-        corners.append(invert_upper(corner))
-        panel[:start] = panel[:start] @ corners[-1].T
+        inverse = invert_upper(corner)
+        panel[:start] = panel[:start] @ inverse.T
+        # The inverse of a triangle holds those of the smaller ones along its diagonal.
+        corners.extend(inverse[at : at + PANEL, at : at + PANEL] for at in reversed(range(0, stop - start, PANEL)))
     return Factor(V, dead_columns(hessian), tuple(reversed(corners)))
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from sparselab.solvers.checks import check_hessian, check_matrix, check_weight, fitted
 from sparselab.solvers.hessian import Factor, factorise, full_precision, working_dtype
 from sparselab.solvers.kernels import Kernel, block_sweeper
+from sparselab.solvers.quantisation import row_grids
 from sparselab.solvers.sparsity import NM, Pattern, check_sweep, lowest, parse_sparsity
 
 # Columns that what all columns before them owe reaches in one matrix product, which is slower on fewer.
@@ -27,6 +28,7 @@ def sparsegpt(
     percdamp: float = 0.01,
     blocksize: int = 128,
     keep: Bool[Tensor, "d_out d_in"] | None = None,
+    wbits: int | None = None,
 ) -> Float[Tensor, "d_out d_in"]:
     """Prune a weight and compensate: every pruned weight's effect on the outputs is spread over the columns after it.
 
@@ -38,23 +40,26 @@ def sparsegpt(
         blocksize: columns whose weights compete for survival (all rows × blocksize); the last block may be narrower.
             For N:M each row's groups of M compete instead.
         keep: a mask to use as it is, True where the weight survives; `sparsity` is then not consulted.
+        wbits: also round what stays to the values of each row's grid (see `row_grids`), and compensate for that in the
+            same way. Zeros stay zeros, and small weights may be rounded to zero besides.
 
     Returns:
         A new weight of the same dtype, exactly `round(sparsity · size)` entries pruned in each block of columns.
 
     Raises:
-        ValueError: wrong sparsity, shapes, percdamp or blocksize, or M does not divide d_in and blocksize.
+        ValueError: wrong sparsity, shapes, percdamp, blocksize or wbits, or M does not divide d_in and blocksize.
         TypeError: an argument is not a tensor, a number or a boolean mask.
         NonFiniteError: the weight or the Hessian has NaN or infinite entries, or the result does not fit the dtype.
         SingularHessianError: the damped Hessian is not positive definite.
-    Source: Frantar & Alistarh 2023, algorithm 1; the factor without an inverse is sparselab's own.
+    Source: Frantar & Alistarh 2023, algorithm 1, and section 3.5 for wbits; the factor without an inverse is
+        sparselab's own.
     """
     pattern = parse_sparsity(sparsity)
     check_matrix("weight", weight)  # the sweep sees to its entries
     check_hessian(hessian, weight)
     check_sweep(weight, pattern, blocksize, keep)
     factor = factorise(hessian.to(working_dtype(weight, hessian)), percdamp)
-    return sweep(weight, factor, pattern, blocksize, keep)
+    return sweep(weight, factor, pattern, blocksize, keep, wbits=wbits)
 
 
 def sweep(
@@ -64,6 +69,7 @@ def sweep(
     blocksize: int = 128,
     keep: Bool[Tensor, "d_out d_in"] | None = None,
     kernel: Kernel = "auto",
+    wbits: int | None = None,
 ) -> Float[Tensor, "d_out d_in"]:
     """The column sweep of SparseGPT on a factored Hessian.
 
@@ -72,14 +78,15 @@ def sweep(
     arrives as one matrix product. Inside the block, U_jj = V_jj⁻¹ serves as in the paper.
 
     Args:
-        weight, sparsity, blocksize, keep: see `sparsegpt`.
+        weight, sparsity, blocksize, keep, wbits: see `sparsegpt`.
         factor: from `factorise`, of a Hessian of this weight's inputs.
         kernel: what sweeps a block; see `kernels.block_sweeper`.
 
     Raises:
         ValueError, TypeError, NonFiniteError: see `sparsegpt`.
     """
-    return next(sweep_together([weight], factor, sparsity, blocksize, None if keep is None else [keep], kernel))
+    masks = None if keep is None else [keep]
+    return next(sweep_together([weight], factor, sparsity, blocksize, masks, kernel, wbits))
 
 
 def least_flop(d_out: int, d_in: int) -> float:
@@ -96,6 +103,7 @@ def sweep_together(
     blocksize: int = 128,
     keep: Sequence[Bool[Tensor, "_ d_in"]] | None = None,
     kernel: Kernel = "auto",
+    wbits: int | None = None,
 ) -> Iterator[Float[Tensor, "_ d_in"]]:
     """`sweep` for layers that see the same inputs (q, k and v; gate and up), all of one dtype, in one go.
 
@@ -104,7 +112,7 @@ def sweep_together(
 
     Args:
         weights: of any number of outputs each.
-        factor, sparsity, blocksize, kernel: see `sweep`.
+        factor, sparsity, blocksize, kernel, wbits: see `sweep`.
         keep: a mask for each weight, or None.
 
     Returns:
@@ -126,7 +134,8 @@ def sweep_together(
     factor = factor.to(working_dtype(stacked, factor.V))
     V, inverses = factor.V, factor.inverses(blocksize)
     importance = torch.where(factor.dead, 0, V.diagonal())
-    sweep_block = block_sweeper(kernel, blocksize, V.device)
+    sweep_block = block_sweeper(kernel, blocksize, V.device, wbits is not None)
+    grid = None if wbits is None else row_grids(stacked.to(V.dtype), wbits)
     choose = pattern if masks is None and isinstance(pattern, NM) else None
     pruned = torch.empty_like(stacked, memory_format=torch.contiguous_format)
     # From here on a column of W is a row. The work arrays serve all panels: new ones would be fetched from the system.
@@ -149,7 +158,7 @@ def sweep_together(
             W.addmm_((V[first : block.start, block] @ U).T, delta[first : block.start])
             remove = _lowest_of_each(W, importance[block], rows, pattern) if masks is None else ~masks[:, block].T
             push = (U / -U.diagonal()[:, None]).triu_(1)
-            sweep_block(W, push, importance[block], remove, choose)
+            sweep_block(W, push, importance[block], remove, choose, grid)
             W.copy_(W.to(stacked.dtype))  # Δ is taken of the rounded ones, so that later columns make good for it too
             torch.sub(dense[here], W, out=delta[block])
         _transpose(compensated, pruned[:, panel], dense)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sparselab.solvers.checks import check_hessian, check_matrix, check_weight, fitted
 from sparselab.solvers.hessian import cholesky, damped, dead_columns, working_dtype
+from sparselab.solvers.quantisation import Grid, row_grids
 from sparselab.solvers.sparsity import NM, Pattern, check_sweep, parse_sparsity, survivors
 
 
@@ -42,6 +43,7 @@ def sparsegpt_textbook(
     percdamp: float = 0.01,
     blocksize: int = 128,
     keep: Bool[Tensor, "d_out d_in"] | None = None,
+    wbits: int | None = None,
 ) -> tuple[Float[Tensor, "d_out d_in"], Float[Tensor, "d_out d_in"]]:
     """SparseGPT as the paper writes it: U = chol((H + λI)⁻¹), each column's error pushed onto the columns after it.
 
@@ -57,7 +59,7 @@ def sparsegpt_textbook(
     check_hessian(hessian, weight)
     W = weight
     errors = torch.zeros_like(weight, dtype=working_dtype(weight, hessian))
-    for step in textbook_steps(weight, hessian, sparsity, percdamp, blocksize, keep):
+    for step in textbook_steps(weight, hessian, sparsity, percdamp, blocksize, keep, wbits):
         W = step.weight
         errors[:, step.column] = step.errors
     return fitted(W, weight.dtype), errors
@@ -70,11 +72,12 @@ def textbook_steps(
     percdamp: float = 0.01,
     blocksize: int = 128,
     keep: Bool[Tensor, "d_out d_in"] | None = None,
+    wbits: int | None = None,
 ) -> Iterator[Step]:
     """The sweep of `sparsegpt_textbook`, one column at a time: err_q = (w_q − ŵ_q)/U_qq, then W_{>q} −= err_q U_{q,>q}.
 
     Args:
-        weight, hessian, sparsity, percdamp, blocksize, keep: see `sparsegpt`; checked before the first step.
+        weight, hessian, sparsity, percdamp, blocksize, keep, wbits: see `sparsegpt`; checked before the first step.
 
     Returns:
         One `Step` for each column, from the first to the last; no later step changes an earlier one.
@@ -91,7 +94,9 @@ def textbook_steps(
     U = cholesky(torch.cholesky_inverse(cholesky(H, percdamp)), percdamp, upper=True)
     importance = torch.where(dead_columns(hessian), 0, 1 / U.diagonal())
     group = pattern.group if isinstance(pattern, NM) else blocksize
-    return _steps(weight.detach().to(H.dtype), U, importance, pattern, group, keep)
+    W = weight.detach().to(H.dtype)
+    grid = None if wbits is None else row_grids(W, wbits)
+    return _steps(W, U, importance, pattern, group, keep, grid)
 
 
 def _steps(
@@ -101,6 +106,7 @@ def _steps(
     pattern: Pattern,
     group: int,
     keep: Bool[Tensor, "d_out d_in"] | None,
+    grid: Grid | None,
 ) -> Iterator[Step]:
     mask = torch.ones_like(W, dtype=torch.bool) if keep is None else keep
     for q in range(W.shape[1]):
@@ -109,11 +115,12 @@ def _steps(
             if keep is None:
                 mask = mask.clone()
                 mask[:, q : q + group] = _decide(scores, pattern)
-        errors = torch.where(mask[:, q], 0, W[:, q]) / U[q, q]
+        stays = (W[:, q] if grid is None else grid.round(W[:, q])) * mask[:, q]
+        errors = (W[:, q] - stays) / U[q, q]
         compensation = torch.zeros_like(W)
         compensation[:, q + 1 :] = -torch.outer(errors, U[q, q + 1 :])
         W = W + compensation
-        W[:, q].masked_fill_(~mask[:, q], 0)
+        W[:, q] = stays
         yield Step(q, start, W, mask, scores.square(), errors, compensation)
 
 

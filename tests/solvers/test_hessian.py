@@ -26,6 +26,17 @@ def test_raw_sums_whatever_the_batches(dtype):
     torch.testing.assert_close(uneven.feature_norm.double(), inputs.double().norm(dim=0), rtol=1e-5, atol=0)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_gpu_sums_in_float32(dtype):
+    inputs = (torch.randn(4096, 1100, device="cuda") + 0.5).to(dtype)
+    seen, exact = collected(inputs[:1000], inputs[1000:], device="cuda"), inputs.double().T @ inputs.double()
+    norms = exact.diagonal().sqrt()
+    # Half precision goes through tensor cores, whose float32 sums are cut off rather than rounded.
+    assert ((seen.hessian - exact).abs() / (norms[:, None] * norms)).max() < (1e-5 if dtype == torch.float32 else 2e-4)
+    torch.testing.assert_close(seen.feature_norm.double(), norms, rtol=2e-4, atol=0)
+
+
 def test_norms_alone_equal_those_of_the_whole_hessian():
     inputs = torch.randn(50, 6)
     few = collected(inputs, with_hessian=False)
@@ -57,16 +68,34 @@ def test_bad_inputs_are_refused_and_not_added(bad, with_hessian):
     assert statistics.feature_norm.isfinite().all()
 
 
-def test_low_precision_short_cuts_do_not_reach_the_sums():
-    inputs = torch.randn(512, 64)
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_low_precision_short_cuts_do_not_reach_the_sums(device):
+    inputs = torch.randn(512, 64, device=device)
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
     try:
-        allowed = collected(inputs).hessian
+        allowed = collected(inputs, device=device).hessian
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision(before)
-    assert torch.equal(allowed, collected(inputs).hessian)
+    assert torch.equal(allowed, collected(inputs, device=device).hessian)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_nor_do_those_of_a_single_library(device):
+    inputs = torch.randn(512, 64, device=device)
+    library = torch.backends.cuda.matmul if device == "cuda" else torch.backends.mkldnn.matmul
+    before, short = library.fp32_precision, "tf32" if device == "cuda" else "bf16"
+    library.fp32_precision = short
+    try:
+        allowed = collected(inputs, device=device).hessian
+        assert library.fp32_precision == short
+    finally:
+        library.fp32_precision = before
+    assert torch.equal(allowed, collected(inputs, device=device).hessian)
 
 
 def test_damping_adds_a_share_of_the_mean_diagonal_after_waking_dead_inputs():
@@ -207,21 +236,25 @@ def test_inputs_too_large_for_the_sums_change_nothing():
     assert seen.tokens == 2
 
 
-def test_a_factor_of_several_panels():
-    _, _, H = layer(1, 300)
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("wider", [1, 2, 8])
+def test_a_factor_of_several_panels(device, wider, monkeypatch):
+    monkeypatch.setattr("sparselab.solvers.hessian._panel_width", lambda _: wider * 128)
+    H = layer(1, 300)[2].to(device)
     factor = factorise(H, 0.01)
     torch.testing.assert_close(factor.V @ factor.V.T, damped(H, 0.01))
     assert torch.equal(factor.V, factor.V.triu())
     for blocksize in (128, 100, 300):
         for start, U in zip(range(0, 300, blocksize), factor.inverses(blocksize), strict=True):
             corner = factor.V[start : start + blocksize, start : start + blocksize]
-            torch.testing.assert_close(U @ corner, torch.eye(len(U), dtype=H.dtype))
+            torch.testing.assert_close(U @ corner, torch.eye(len(U), dtype=H.dtype, device=device))
 
 
 @pytest.mark.parametrize("place", [(5, 5), (2, 250), (140, 141)])
 @pytest.mark.parametrize("broken", [math.nan, math.inf])
-def test_one_broken_entry_of_the_upper_half_is_enough(place, broken):
-    _, _, H = layer(1, 300)
+@pytest.mark.parametrize("device", DEVICES)
+def test_one_broken_entry_of_the_upper_half_is_enough(place, broken, device):
+    H = layer(1, 300)[2].to(device)
     H[place] = broken
     with pytest.raises(NonFiniteError, match="the Hessian has NaN"):
         factorise(H, 0.01)

@@ -13,7 +13,7 @@ from layers import SAME_ERROR, layer
 
 from sparselab import prune
 from sparselab.solvers import block_sweeper, factorise, relative_error, sweep
-from sparselab.solvers.kernels import numba_sweep
+from sparselab.solvers.kernels import _triton_runs, numba_sweep
 
 DEVICES = {"numba": "cpu", "triton": "cuda" if torch.cuda.is_available() else "cpu"}
 
@@ -42,6 +42,7 @@ def device(kernel):
         pytest.param((9, 24), "0:1", 6, id="0:1, everything"),
         pytest.param((5, 32), "4:8", 32, id="4:8"),
         pytest.param((1, 30), "3:6", 12, id="one row, M not a power of two"),
+        pytest.param((40, 128), "1:4", 128, id="a whole block"),
     ],
 )
 def test_it_gives_what_torch_gives(shape, sparsity, blocksize, kernel, device):
@@ -136,6 +137,25 @@ def test_numba_leaves_torch_its_number_of_threads():
 def test_what_auto_is():
     assert block_sweeper("auto", 128, torch.device("cpu")) is block_sweeper("numba", 128, torch.device("cpu"))
     assert block_sweeper("auto", 256, torch.device("cuda")) is block_sweeper("torch", 256, torch.device("cuda"))
+
+
+@pytest.mark.gpu
+def test_auto_is_triton_on_a_gpu():
+    pytest.importorskip("triton", reason="Triton is not installed; it comes with torch for CUDA")
+    device = torch.device("cuda")
+    assert block_sweeper("auto", 128, device) is block_sweeper("triton", 128, device)
+
+
+def test_auto_does_without_triton_and_says_why(monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr("sparselab.solvers.kernels._triton", broken)
+    _triton_runs.cache_clear()
+    device = torch.device("cuda")
+    with pytest.warns(UserWarning, match="cannot run on cuda.* RuntimeError: Failed to find C compiler"):
+        assert block_sweeper("auto", 128, device) is block_sweeper("torch", 128, device)
+    _triton_runs.cache_clear()
 
 
 def test_where_one_cannot_run_it_says_so():

@@ -89,6 +89,14 @@ def test_keep_largest_reads_patterns_and_refuses_nan():
         keep_largest([1.0, 2.0], 0.5)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(1, 10_000), (3, 1000), (50, 40, 4)])
+def test_a_gpu_chooses_what_the_cpu_does(shape):
+    scores = torch.randint(0, 50, shape, generator=torch.Generator().manual_seed(0)).float()
+    for sparsity in (0.0, 1 / shape[-1], 0.3, 0.5, 1.0):
+        assert torch.equal(keep_largest(scores.cuda(), sparsity).cpu(), keep_largest(scores, sparsity))
+
+
 def in_order(scores: list[float], count: int) -> set[int]:
     return set(sorted(range(len(scores)), key=lambda k: (scores[k], k))[:count])
 

@@ -4,6 +4,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from sparselab.solvers.quantisation import Grid
 from sparselab.solvers.sparsity import NM, lowest_of_few
 
 # Columns whose mutual influence is applied one by one; between such groups it is one matrix product.
@@ -16,6 +17,7 @@ def sweep_block(
     importance: Float[Tensor, " width"],
     remove: Bool[Tensor, "width rows"] | None,
     choose: NM | None,
+    grid: Grid | None = None,
 ) -> None:
     """Compensated weights of one block to pruned ones, in place; see `kernels.block_sweeper`."""
     push = push.T.contiguous()
@@ -36,5 +38,10 @@ def sweep_block(
             before = removed[few].T  # of the columns still to come it holds zeros
             for (w, flag, out), pushed in zip(columns[few], push[few, few], strict=True):
                 w.addmv_(before, pushed)
-                torch.mul(w, flag, out=out)
+                if grid is None:
+                    torch.mul(w, flag, out=out)
+                else:
+                    torch.sub(w, grid.round(w) * (1 - flag), out=out)
     W.sub_(removed)
+    if grid is not None:  # the difference above is rounded
+        W.copy_(grid.round(W))

@@ -12,8 +12,6 @@ from torch import Tensor
 
 from sparselab.solvers.sparsity import NM
 
-# Columns of a block that fit in registers together with a tile of rows.
-WIDEST = 128
 _TILE = 32
 
 
@@ -28,8 +26,9 @@ def sweep_block(
     importance: Float[Tensor, " width"],
     remove: Bool[Tensor, "width rows"] | None,
     choose: NM | None,
+    _grid: None = None,
 ) -> None:
-    """Compensated weights of one block of at most `WIDEST` columns to pruned ones, in place; see `block_sweeper`."""
+    """Compensated weights of one block to pruned ones, in place; see `block_sweeper`."""
     width, rows = W.shape
     flags = torch.zeros_like(W, dtype=torch.int8) if remove is None else remove.to(torch.int8)
     launch = _sweep_block[(triton.cdiv(rows, _TILE),)]
