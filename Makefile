@@ -73,6 +73,7 @@ bench: $(VENV)/base ## measure anew what benchmarks/ records
 	$(BIN)/sparselab bench --json benchmarks/speed.json
 	$(BIN)/sparselab compare tiny --out benchmarks/compare --overwrite
 	$(BIN)/python benchmarks/layer_lab.py
+	$(BIN)/python benchmarks/trust.py
 	$(BIN)/python benchmarks/streaming.py
 	$(BIN)/python benchmarks/ranks.py
 	$(BIN)/python benchmarks/kills.py --kills 25

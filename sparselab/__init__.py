@@ -12,11 +12,17 @@ if TYPE_CHECKING:
     from sparselab.comparison import compare
     from sparselab.corpora import calibration_tokens, evaluation_tokens
     from sparselab.evaluation import Perplexity, bits_per_byte, perplexity
+    from sparselab.gradual import prune_gradually
+    from sparselab.inheritance import block_errors
     from sparselab.models import load, stream
+    from sparselab.outliers import owl
     from sparselab.pruners import Magnitude, SparseGPT, Wanda
     from sparselab.pruning import Report, prune
+    from sparselab.quality import layer_quality
+    from sparselab.recovery import recover
     from sparselab.streaming import prune_checkpoint
     from sparselab.training import train
+    from sparselab.uncertainty import difference
 
 __version__ = "0.1.0"
 
@@ -27,14 +33,20 @@ _HOME = {
     "SparseGPT": "pruners",
     "Wanda": "pruners",
     "bits_per_byte": "evaluation",
+    "block_errors": "inheritance",
     "calibration_tokens": "corpora",
     "collect": "calibration",
     "compare": "comparison",
+    "difference": "uncertainty",
     "evaluation_tokens": "corpora",
+    "layer_quality": "quality",
     "load": "models",
+    "owl": "outliers",
     "perplexity": "evaluation",
     "prune": "pruning",
     "prune_checkpoint": "streaming",
+    "prune_gradually": "gradual",
+    "recover": "recovery",
     "stream": "models",
     "train": "training",
 }
@@ -46,14 +58,20 @@ __all__ = [
     "SparseGPT",
     "Wanda",
     "bits_per_byte",
+    "block_errors",
     "calibration_tokens",
     "collect",
     "compare",
+    "difference",
     "evaluation_tokens",
+    "layer_quality",
     "load",
+    "owl",
     "perplexity",
     "prune",
     "prune_checkpoint",
+    "prune_gradually",
+    "recover",
     "solvers",
     "stream",
     "train",

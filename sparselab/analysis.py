@@ -16,7 +16,7 @@ from sparselab import corpora
 from sparselab.calibration import collect, collect_nested
 from sparselab.errors import SingularHessianError
 from sparselab.experiment import TextConfig
-from sparselab.methods import METHODS, Settings
+from sparselab.methods import METHODS, UPDATES, Settings, find
 from sparselab.models.blocks import Decoder, read_weight
 from sparselab.progress import Progress
 from sparselab.solvers import InputStatistics, layer_error, parse_sparsity
@@ -182,7 +182,7 @@ class LayerStudy:
         seen, weight = self.statistics(question.layer, question.nsamples), self._weights[question.layer]
         pattern = parse_sparsity(question.sparsity)
         settings = Settings(question.method, pattern, question.percdamp, question.blocksize)
-        [pruned] = METHODS[question.method].solve([weight], seen, settings)
+        [pruned] = find(question.method).solve([weight], seen, pattern, settings)
         calibration = layer_error(weight, pruned, seen.hessian) / self._energy(question.layer, question.nsamples)
         heldout = error_by_output(weight, pruned, self._held_out[question.layer].hessian)
         return Answer(weight, pruned, calibration, heldout / self._energy(question.layer, None))
@@ -196,6 +196,43 @@ class LayerStudy:
     def _spectrum(self, layer: str, nsamples: int) -> Float[Tensor, " d_in"]:
         """Eigenvalues of the Hessian that a question about this layer works with."""
         return spectrum(self.statistics(layer, nsamples).hessian)
+
+
+def mask_update_grid(
+    studies: Sequence[LayerStudy],
+    layers: Sequence[str],
+    sparsity: str = "60%",
+    masks: Sequence[str] = tuple(METHODS),
+    updates: Sequence[str] = tuple(UPDATES),
+    progress: bool = True,
+) -> pd.DataFrame:
+    """Every method's mask with every update of the weights under it: whether a mask is bad, or what was made of it.
+
+    Args:
+        studies: of one model, one a seed.
+        layers: their full names.
+        sparsity: a pattern.
+        masks: methods that choose them.
+        updates: keys of `methods.UPDATES`; "exact" among them.
+        progress: show a bar.
+
+    Returns:
+        A row a mask, update, layer and seed: calibration_error and heldout_error (relative), and gap, the calibration
+        error divided by that of the exact update of the same mask. All at the largest number of windows.
+    """
+    questions = [
+        Question(layer, f"{mask}+{update}", sparsity, nsamples=studies[0].sizes[-1])
+        for layer in layers
+        for mask in masks
+        for update in updates
+    ]
+    table = ask_all(studies, questions, progress)
+    table[["mask", "update"]] = table.method.str.split("+", expand=True).to_numpy()
+    same = ["layer", "mask", "seed"]
+    exact = table[table["update"] == "exact"].set_index(same).calibration_error.rename("exact")
+    table = table.join(exact, on=same)
+    columns = ["mask", "update", "layer", "pattern", "seed", "calibration_error", "heldout_error"]
+    return table[columns].assign(gap=table.calibration_error / table.exact)
 
 
 def ask_all(studies: Sequence[LayerStudy], questions: Sequence[Question], progress: bool = True) -> pd.DataFrame:

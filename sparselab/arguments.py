@@ -4,13 +4,17 @@ import argparse
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from sparselab import __version__
 
 if TYPE_CHECKING:
+    from sparselab.allocation import Allocation
     from sparselab.solvers import Pattern
 
+T = TypeVar("T")
+
+_METHODS = "magnitude, wanda, ria, sparsegpt, admm; or one with other weights: +none, +sweep, +cg, +exact"
 Runs = dict[str, Callable[[argparse.Namespace], None]]
 
 
@@ -18,7 +22,7 @@ def build_parser(runs: Runs) -> argparse.ArgumentParser:
     """The parser of the command line; its result has the command's function as `run`.
 
     Args:
-        runs: a function for each of the commands compare, prune, eval, bench and train.
+        runs: a function for each of the commands compare, prune, eval, replay, bench and train.
     """
     parser = argparse.ArgumentParser(
         prog="sparselab", description="One-shot pruning of language models: magnitude, Wanda and SparseGPT, measured."
@@ -28,6 +32,7 @@ def build_parser(runs: Runs) -> argparse.ArgumentParser:
     _add_compare(commands, runs)
     _add_prune(commands, runs)
     _add_eval(commands, runs)
+    _add_replay(commands, runs)
     _add_bench(commands, runs)
     _add_train(commands, runs)
     return parser
@@ -46,14 +51,14 @@ def _add_compare(commands: Any, runs: Runs) -> None:
         type=_method,
         default=["magnitude", "wanda", "sparsegpt"],
         metavar="M",
-        help="some of magnitude, wanda and sparsegpt (default: all)",
+        help=f"{_METHODS} (default: magnitude wanda sparsegpt)",
     )
     parser.add_argument(
         "--sparsity", nargs="+", type=_sparsity, default=["50%", "60%", "70%", "2:4"],
         help="fractions, percentages or N:M (default: 50%% 60%% 70%% 2:4)", metavar="S",
     )  # fmt: skip
     _add_solver(parser)
-    _add_calibration(parser)
+    _add_calibration(parser, seeds=True)
     parser.add_argument(
         "--eval-dataset", type=_dataset, default="stdlib", help="text to evaluate on (default: stdlib, held-out part)"
     )
@@ -72,8 +77,25 @@ def _add_prune(commands: Any, runs: Runs) -> None:
     _add_spill(parser)
     parser.add_argument("--zero", action="store_true", help="with torchrun: partition the model among processes")
     parser.add_argument("--force", action="store_true", help="begin even if memory or disk do not seem to suffice")
-    parser.add_argument("--method", type=_method, default="sparsegpt", help="magnitude, wanda or sparsegpt")
-    parser.add_argument("--sparsity", type=_sparsity, default="50%", help="0.5, 50%% or 2:4 (default: 50%%)")
+    parser.add_argument("--method", type=_method, default="sparsegpt", metavar="M", help=_METHODS)
+    parser.add_argument(
+        "--sparsity", type=_allocation, default="50%", metavar="S",
+        help="0.5, 50%% or 2:4; or rules by block and layer, the first that fits deciding: "
+        "'0=dense,1-3:mlp.*=70%%,*=50%%' (default: 50%%)",
+    )  # fmt: skip
+    parser.add_argument("--owl", action="store_true", help="give blocks with more outliers a lower sparsity")
+    parser.add_argument("--wbits", type=_at_least(1), help="also round weights to so many bits, while pruning")
+    parser.add_argument(
+        "--true-sequential",
+        action="store_true",
+        help="calibrate each layer on the pruned layers before it in the block",
+    )
+    parser.add_argument(
+        "--retries",
+        type=_at_least(0),
+        default=0,
+        help="times percdamp may be raised for a singular Hessian (default: 0)",
+    )
     _add_kernel(parser)
     parser.add_argument(
         "--propagate", choices=("pruned", "dense"), default="pruned", help="what each block is calibrated on"
@@ -94,9 +116,34 @@ def _add_eval(commands: Any, runs: Runs) -> None:
     )
     parser.add_argument("--nsamples", type=_at_least(1), default=None, help="windows (default: all there are)")
     parser.add_argument("--seqlen", type=_at_least(2), default=256, help="tokens a window (default: 256)")
+    _add_output(parser, "folder for a manifest with the perplexity, for sparselab replay (default: none)", needed=False)
     _add_spill(parser)
     _add_batch_size(parser)
     _add_machine(parser)
+
+
+def _add_replay(commands: Any, runs: Runs) -> None:
+    from sparselab.files import STAMP
+
+    parser = _command(
+        commands, "replay", runs, "run compare, prune or eval again as a manifest says, and compare the numbers",
+        "sparselab replay demo --tolerance 1e-4",
+    )  # fmt: skip
+    parser.description = (
+        f"Run compare, prune or eval again as a manifest says ({STAMP}, in every output), and compare: first model, "
+        "text and settings, then versions and machine, then the numbers. If other things would go in, other weights "
+        "or the text of another Python's library, nothing is run without --force. Seconds and memory are not compared. "
+        "Relative paths in the manifest are read from the current folder. Exit code: 0 it agrees, 1 it does not or "
+        "failed, 2 wrong usage."
+    )
+    parser.add_argument("manifest", type=_manifest, metavar="MANIFEST", help=f"an output folder, or its {STAMP}")
+    _add_output(parser, "folder for what is made again (default: it is thrown away)", needed=False)
+    parser.add_argument(
+        "--tolerance", type=_at_least(0, float), default=0.01, metavar="T",
+        help="relative difference that still is agreement (default: 0.01; 0: none but the same bits)",
+    )  # fmt: skip
+    parser.add_argument("--force", action="store_true", help="go on though other things go in")
+    _add_trust(parser)
 
 
 def _add_bench(commands: Any, runs: Runs) -> None:
@@ -155,13 +202,17 @@ def _add_model(parser: argparse.ArgumentParser, optional: bool = False) -> None:
         parser.add_argument("model", nargs="?", default="tiny", help=f"{what} (default: tiny)")
     else:
         parser.add_argument("model", help=what)
+    _add_trust(parser)
+
+
+def _add_trust(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="run Python code that comes with the model (never abbreviated)"
     )
 
 
-def _add_output(parser: argparse.ArgumentParser, what: str) -> None:
-    parser.add_argument("--out", required=True, help=what)
+def _add_output(parser: argparse.ArgumentParser, what: str, needed: bool = True) -> None:
+    parser.add_argument("--out", required=needed, help=what)
     parser.add_argument("--overwrite", action="store_true", help="replace what an earlier run wrote there")
 
 
@@ -183,13 +234,18 @@ def _add_kernel(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_calibration(parser: argparse.ArgumentParser) -> None:
+def _add_calibration(parser: argparse.ArgumentParser, seeds: bool = False) -> None:
     parser.add_argument(
         "--dataset", type=_dataset, default="stdlib", help="calibration text: 'stdlib', a text file or a folder"
     )
     parser.add_argument("--nsamples", type=_at_least(1), default=128, help="calibration windows (default: 128)")
     parser.add_argument("--seqlen", type=_at_least(1), default=256, help="tokens a window (default: 256)")
-    parser.add_argument("--seed", type=_at_least(0), default=0, help="of the calibration draw (default: 0)")
+    if seeds:
+        parser.add_argument(
+            "--seed", nargs="+", type=_at_least(0), default=[0], help="one draw or several to average over (default: 0)"
+        )
+    else:
+        parser.add_argument("--seed", type=_at_least(0), default=0, help="of the calibration draw (default: 0)")
 
 
 def _add_spill(parser: argparse.ArgumentParser) -> None:
@@ -224,6 +280,12 @@ def _dataset(text: str) -> str:
     return text
 
 
+def _manifest(text: str) -> tuple[str, dict[str, Any]]:
+    from sparselab.manifest import read
+
+    return text, _read(read, text)
+
+
 def _shape(text: str) -> tuple[int, int]:
     d_out, _, d_in = text.partition("x")
     if not (d_out.isdecimal() and d_in.isdecimal() and int(d_out) and int(d_in)):
@@ -232,17 +294,27 @@ def _shape(text: str) -> tuple[int, int]:
 
 
 def _method(text: str) -> str:
-    from sparselab.methods import METHODS
+    from sparselab.methods import find
 
-    if text not in METHODS:
-        raise argparse.ArgumentTypeError(f"expected one of {', '.join(METHODS)}, received {text!r}")
+    _read(find, text)
     return text
 
 
 def _sparsity(text: str) -> "Pattern":
     from sparselab.solvers.sparsity import parse_sparsity
 
+    return _read(parse_sparsity, text)
+
+
+def _allocation(text: str) -> "Pattern | Allocation":
+    from sparselab.allocation import parse_allocation
+
+    return _read(parse_allocation, text)
+
+
+def _read(parse: Callable[[str], T], text: str) -> T:
+    """What a function of the package makes of a text, its complaint as argparse's."""
     try:
-        return parse_sparsity(text)
+        return parse(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error

@@ -175,6 +175,7 @@ def observe(
     with_hessian: bool,
     foresee: bool,
     watch: Stopwatch | None = None,
+    only: Collection[str] | None = None,
 ) -> Collected:
     """Run a block on all batches and sum up what enters its layers, by their names in the block.
 
@@ -182,10 +183,10 @@ def observe(
         decoder, index, streams: which block, and what enters it.
         with_hessian: see `InputStatistics`.
         foresee: keep what the block sends on, for `advance_streams`; without, its last product is saved.
-        watch: see `collect_statistics`.
+        watch, only: see `collect_statistics`.
     """
     name = decoder.block_prefix(index).removesuffix(".")
-    with collect_statistics(decoder.blocks[index], name, with_hessian, not foresee, watch) as statistics:
+    with collect_statistics(decoder.blocks[index], name, with_hessian, not foresee, watch, only) as statistics:
         for stream in streams:
             with suppress(AllInputsSeen):
                 output = decoder.run_block(index, stream.hidden, stream.calls[index])

@@ -5,12 +5,16 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
-from io import TextIOWrapper
+from contextlib import nullcontext, redirect_stdout
+from io import StringIO, TextIOWrapper
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from sparselab.arguments import Runs, build_parser
 from sparselab.errors import SparselabError
+
+if TYPE_CHECKING:
+    from sparselab.manifest import Request
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -25,8 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _tolerate_any_encoding()
     options = argparse.Namespace(debug=False, command="")
     try:
-        runs: Runs = {"compare": _compare, "prune": _prune, "eval": _eval, "bench": _bench, "train": _train}
-        options = build_parser(runs).parse_args(arguments)
+        options = build_parser(_runs()).parse_args(arguments)
         options.words = sys.argv[1:] if arguments is None else list(arguments)
         options.run(options)
     except (KeyboardInterrupt, Exception) as error:  # whatever the libraries below raise, a user gets one line of it
@@ -35,6 +38,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _say(_one_line(options.command, error), sys.stderr)
         return 1
     return 0
+
+
+def _runs() -> Runs:
+    return {
+        "compare": _compare,
+        "prune": _prune,
+        "eval": _eval,
+        "replay": _replay,
+        "bench": _bench,
+        "train": _train,
+    }
 
 
 def _one_line(command: str, error: BaseException) -> str:
@@ -77,7 +91,7 @@ def _compare(options: argparse.Namespace) -> None:
         nsamples=options.nsamples,
         eval_nsamples=options.eval_nsamples,
         seqlen=options.seqlen,
-        seed=options.seed,
+        seeds=tuple(options.seed),
     )
     with files.finished_output(options.out, options.overwrite, _inputs(options)) as folder:
         model, tokenizer = load(
@@ -86,7 +100,7 @@ def _compare(options: argparse.Namespace) -> None:
         minutes = estimate_seconds(model, config) / 60
         runs = len(config.runs())
         _say(f"{runs} pruned models to make and to measure: about {minutes:.1f} minutes on this machine.")
-        result = compare(model, tokenizer, config, options.model, folder)
+        result = compare(model, tokenizer, config, options.model, folder, request=_request(options))
         drawn = {"perplexity.png": figures.sparsity_perplexity(result.runs, result.caption)}
         pattern = config.sparsities[(len(config.sparsities) - 1) // 2]
         drawn["layer_errors.png"] = figures.layer_errors(result.layers, pattern, result.caption)
@@ -101,10 +115,10 @@ def _prune(options: argparse.Namespace) -> None:
     from sparselab import corpora, files
     from sparselab.methods import Settings
     from sparselab.models import stream
+    from sparselab.outliers import owl
     from sparselab.ranks import joined, own_device
     from sparselab.streaming import prune_checkpoint
 
-    given = {name: value for name, value in vars(options).items() if name not in ("run", "command", "debug", "words")}
     with joined() as ranks:
         if ranks.leads and not options.resume:
             files.check_output(options.out, options.overwrite, _inputs(options))  # before anything is read
@@ -115,10 +129,13 @@ def _prune(options: argparse.Namespace) -> None:
             zero=options.zero,
             trust_remote_code=options.trust_remote_code,
         )
+        calib = corpora.calibration_tokens(tokenizer, options.dataset, options.nsamples, options.seqlen, options.seed)
+        if options.owl:  # from here on as if its rules had been typed, and so they stand in the manifest
+            options.owl, options.sparsity = False, owl(model, calib, options.sparsity, batch_size=options.batch_size)
         report = prune_checkpoint(
             model,
             tokenizer,
-            corpora.calibration_tokens(tokenizer, options.dataset, options.nsamples, options.seqlen, options.seed),
+            calib,
             options.out,
             Settings(
                 options.method,
@@ -127,6 +144,9 @@ def _prune(options: argparse.Namespace) -> None:
                 options.blocksize,
                 options.propagate,
                 kernel=options.kernel,
+                wbits=options.wbits,
+                true_sequential=options.true_sequential,
+                retries=options.retries,
             ),
             batch_size=options.batch_size,
             spill=options.spill,
@@ -134,8 +154,8 @@ def _prune(options: argparse.Namespace) -> None:
             overwrite=options.overwrite,
             force=options.force,
             tell=_say,
-            record=given,
             ranks=ranks,
+            request=_request(options),
         )
     if not ranks.leads:
         return
@@ -150,18 +170,76 @@ def _prune(options: argparse.Namespace) -> None:
 def _eval(options: argparse.Namespace) -> None:
     from tempfile import TemporaryDirectory
 
-    from sparselab import corpora
+    from sparselab import corpora, files, manifest
     from sparselab.evaluation import bits_per_byte, perplexity
     from sparselab.models import stream
 
-    model, tokenizer = stream(options.model, options.device, options.dtype, trust_remote_code=options.trust_remote_code)
-    tokens = corpora.evaluation_tokens(tokenizer, options.dataset, options.nsamples, options.seqlen)
-    with TemporaryDirectory(prefix="sparselab-") as hidden:
+    kept = files.finished_output(options.out, options.overwrite, _inputs(options)) if options.out else nullcontext()
+    with kept as folder, TemporaryDirectory(prefix="sparselab-") as hidden:
+        model, tokenizer = stream(
+            options.model, options.device, options.dtype, trust_remote_code=options.trust_remote_code
+        )
+        tokens = corpora.evaluation_tokens(tokenizer, options.dataset, options.nsamples, options.seqlen)
+        made = manifest.of_evaluation(model, tokenizer, tokens, _request(options)) if folder else {}
         result = perplexity(model, tokens, options.batch_size, spill=Path(hidden) if options.spill else None)
+        bits = bits_per_byte(result, tokens, tokenizer)
+        if folder:
+            numbers = {"perplexity": float(result), "stderr": result.stderr, "bits_per_byte": bits}
+            manifest.finish(folder, made, numbers | {"nll of window": result.nll.tolist()})
     _say(
-        f"{options.model}: perplexity {result}, {bits_per_byte(result, tokens, tokenizer):.3f} bits per byte "
+        f"{options.model}: perplexity {result}, {bits:.3f} bits per byte "
         f"({len(tokens)} windows of {options.seqlen} tokens of {corpora.describe(options.dataset)})"
+        + (f"; written to {options.out}" if options.out else "")
     )
+
+
+def _replay(options: argparse.Namespace) -> None:
+    from tempfile import TemporaryDirectory
+
+    from sparselab import files, manifest
+    from sparselab.errors import ReplayError
+    from sparselab.replay import Replay, printable
+
+    path, was = options.manifest
+    if options.out:
+        files.check_output(options.out, options.overwrite, [path])
+    elif "RANK" in os.environ:
+        raise ValueError("--out: expected a folder that all processes share, received none")
+    screen, leads = sys.stdout, os.environ.get("RANK", "0") == "0"
+    replay = Replay(was, options.force, lambda text: _say(text, screen) if leads else None)
+    with TemporaryDirectory(prefix="sparselab-") as hidden:
+        again = _again(replay.words(), options, options.out or str(Path(hidden, "again")))
+        again.before = replay.before
+        with redirect_stdout(StringIO()):  # the verdict is what was asked for; bars are elsewhere
+            again.run(again)
+        if not leads:
+            return
+        verdict = replay.verdict(manifest.read(again.out), options.tolerance)
+    _say(printable(str(verdict)))
+    if not verdict.agrees:
+        raise ReplayError(verdict.complaint())
+
+
+def _again(words: list[str], options: argparse.Namespace, out: str) -> argparse.Namespace:
+    """The arguments of a command that is run again; what is not safe is for the one who does it to say.
+
+    Arguments that are no options here, Python's or another version's, are left out: `Replay.before` tells if that
+    makes a difference.
+    """
+    again, _ = build_parser(_runs()).parse_known_args([words[0], f"--out={out}", *words[1:]])
+    again.words, again.debug = words, options.debug
+    again.out, again.overwrite, again.resume = out, options.overwrite, False
+    again.trust_remote_code = options.trust_remote_code
+    return again
+
+
+def _request(options: argparse.Namespace) -> "Request":
+    """How this command was asked for."""
+    from sparselab.manifest import Request
+
+    not_asked = ("run", "command", "debug", "words", "before")
+    arguments = {name: value for name, value in vars(options).items() if name not in not_asked}
+    return Request(options.words, arguments, getattr(options, "before", lambda _: None))
 
 
 def _bench(options: argparse.Namespace) -> None:

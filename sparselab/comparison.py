@@ -1,26 +1,37 @@
 """The main job: one model pruned several ways on the same windows, and what each way cost."""
 
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sparselab import corpora, files
+from sparselab import corpora, files, manifest
 from sparselab.errors import SingularHessianError
 from sparselab.evaluation import perplexity
 from sparselab.experiment import RunConfig, TextConfig, Workbench
+from sparselab.methods import find
 from sparselab.models.blocks import Decoder, evaluating
 from sparselab.models.inputs import batches, check_tokens
 from sparselab.pruning import check_model
+from sparselab.uncertainty import Interval, difference, pooled
 
-# Passes of the blocks over the calibration windows that a whole run of a method costs, as measured on two CPU cores.
+# Passes of the blocks over the calibration windows that a whole run of a method costs, as measured on two CPU cores; of
+# others, what one costs that has to know as much. Then what it costs to measure the layers.
 _PASSES = {"magnitude": 0.05, "wanda": 1.7, "sparsegpt": 2.4}
-_COLUMNS = ["method", "pattern", "sparsity", "perplexity", "stderr", "ratio", "relative_error", "seconds"]
+_PASSES_BY_NEEDS = {"nothing": 0.05, "feature norms": 1.7, "hessian": 3.0}
+_QUALITY_PASSES = 2.0
+_MEANS = ["sparsity", "relative_error", "optimality_gap", "seconds", "peak_memory_mb"]  # over seeds
+_COLUMNS = ["method", "pattern", "sparsity", "perplexity", "stderr", "ratio", *_MEANS[1:]]
+# Not for a manifest: the first two follow from the perplexities, and relative to themselves say nothing when they are
+# small; the last is known to 1%.
+_DERIVED = ["difference", "difference_half_width", "optimality_gap"]
 
 
 @dataclass(frozen=True)
@@ -33,7 +44,7 @@ class CompareConfig(TextConfig):
         sparsities: fractions, percentages or N:M.
         percdamp, blocksize: of SparseGPT.
         nsamples: calibration windows.
-        seed: of the calibration draw.
+        seeds: of the calibration draws; results are means over them.
     """
 
     methods: tuple[str, ...] = ("magnitude", "wanda", "sparsegpt")
@@ -41,23 +52,34 @@ class CompareConfig(TextConfig):
     percdamp: float = 0.01
     blocksize: int = 128
     nsamples: int = 128
-    seed: int = 0
+    seeds: tuple[int, ...] = (0,)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("methods", "sparsities"):
+        for name in ("methods", "sparsities", "seeds"):
             if isinstance(getattr(self, name), str) or not isinstance(getattr(self, name), Sequence):
                 raise TypeError(f"{name}: expected several in a tuple, received {getattr(self, name)!r}")
         if not self.runs():
-            raise ValueError("methods, sparsities: expected at least one of each, received none")
+            raise ValueError("methods, sparsities, seeds: expected at least one of each, received none")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds: expected different ones, received {', '.join(map(str, self.seeds))}")
 
-    def runs(self) -> list[RunConfig]:
-        """Every method at every sparsity."""
+    @property
+    def baseline(self) -> str:
+        """The method that the others are compared with: SparseGPT, or the first where that is not among them."""
+        return "sparsegpt" if "sparsegpt" in self.methods else self.methods[0]
+
+    def rows(self) -> list[list[RunConfig]]:
+        """Every method at every sparsity: one run for each seed, see `RunConfig.replicates`."""
         return [
-            RunConfig(method, sparsity, self.percdamp, self.blocksize, self.nsamples, self.seed)
+            RunConfig(method, sparsity, self.percdamp, self.blocksize, self.nsamples).replicates(self.seeds)
             for sparsity in self.sparsities
             for method in self.methods
         ]
+
+    def runs(self) -> list[RunConfig]:
+        """Every run that it takes."""
+        return list(dict.fromkeys(run for row in self.rows() for run in row))
 
 
 @dataclass
@@ -67,21 +89,32 @@ class Comparison:
     Args:
         config: what was asked for.
         model: name of the model.
-        runs: one row a run, the dense model first: method, pattern, sparsity (realised), perplexity, stderr, ratio (to
-            dense), relative_error (mean over layers, see `Workbench`), seconds and peak_memory_mb (of calibration and
-            solve, besides the loaded model).
-        layers: one row a layer of each run: method, pattern, seed, block, layer, sparsity, relative_error.
+        runs: one row a method and pattern, the dense model first: method, pattern, sparsity (realised), perplexity (exp
+            of the mean loss over windows and seeds), stderr (over windows; over seeds too if there are several), ratio
+            (to dense), difference and difference_half_width (log perplexity minus that of the baseline at the same
+            pattern, with its 95% interval, see `uncertainty.difference`; NaN of the baseline itself), relative_error
+            and optimality_gap (over layers, see `Result`), seconds and peak_memory_mb (of calibration and solve,
+            besides the loaded model); these five and the sparsity are means over seeds.
+        layers: one row a layer of each run: method, pattern, seed, block, layer, sparsity, relative_error,
+            calibration_error, optimality_gap, residual.
+        made: what is known of how they were made; None if they were not made here.
     """
 
     config: CompareConfig
     model: str
     runs: pd.DataFrame = field(default_factory=pd.DataFrame)
     layers: pd.DataFrame = field(default_factory=pd.DataFrame)
+    made: manifest.Manifest | None = None
 
     @property
     def caption(self) -> str:
         """What every figure and table has to state."""
-        return caption(self.model, self.config, self.config.nsamples, (self.config.seed,))
+        config = self.config
+        over = "windows" if len(config.seeds) == 1 else "windows and seeds"
+        text = f"{caption(self.model, config, config.nsamples, config.seeds)}; perplexity ± standard error over {over}"
+        if set(config.methods) == {config.baseline}:
+            return text
+        return f"{text}; difference: log perplexity minus {config.baseline}'s, ± half of its 95% interval"
 
     @property
     def table(self) -> pd.DataFrame:
@@ -89,11 +122,18 @@ class Comparison:
         return as_text(self.runs)
 
     def save(self, folder: Path) -> None:
-        """Write `runs.csv`, `layers.csv`, the table as `runs.md`, and the settings."""
+        """Write `runs.csv`, `layers.csv`, the table as `runs.md`, and the manifest."""
         files.write_text(folder / "runs.csv", self.runs.to_csv(index=False))
         files.write_text(folder / "runs.md", files.markdown_table(self.table))
         files.write_text(folder / "layers.csv", self.layers.to_csv(index=False))
-        files.write_stamp(folder, "compare", {"model": self.model} | asdict(self.config))
+        made = self.made or manifest.begin("compare", _settings(self.config, self.model), {}, manifest.machine_record())
+        results = {"runs": self.runs.drop(columns=_DERIVED, errors="ignore"), "finished": self._finished}
+        manifest.finish(folder, made, results, ["runs.csv", "layers.csv"])
+
+    @property
+    def _finished(self) -> bool:
+        done = 0 if self.layers.empty else len(self.layers.drop_duplicates(["method", "pattern", "seed"]))
+        return done == len(set(self.config.runs()))
 
 
 def compare(
@@ -103,6 +143,7 @@ def compare(
     name: str = "model",
     out: Path | None = None,
     progress: bool = True,
+    request: manifest.Request | None = None,
 ) -> Comparison:
     """Prune one model by every method at every sparsity, on the same windows, and evaluate each on the same text.
 
@@ -116,6 +157,7 @@ def compare(
         name: what to call the model.
         out: existing folder to write to after every run.
         progress: show a bar.
+        request: who asked for it, for the manifest.
 
     Raises:
         ValueError, SparselabError: see `prune` and `perplexity`. What is finished by then has been written to `out`.
@@ -124,17 +166,16 @@ def compare(
     if out is not None and not out.is_dir():
         raise ValueError(f"out: expected an existing folder, received {out}")
     bench, runs = _checked_bench(model, tokenizer, name, config), config.runs()
-    result = Comparison(config, name)
+    result = Comparison(config, name, made=_begun(bench, config, request))
     with tqdm(total=len(runs) + 1, desc="dense", unit="run", disable=not progress) as bar:
-        result.runs = dense_row(bench)
+        result.runs = _table(bench, config)
         bar.update()
         for run in runs:
             bar.set_description(f"{run.method} {run.sparsity}")
             done = bench.run(run)
             if done.row["failure"]:
                 raise SingularHessianError(done.row["failure"])
-            row = pd.DataFrame([done.row]).reindex(columns=[*_COLUMNS, "peak_memory_mb"])
-            result.runs = pd.concat([result.runs, row], ignore_index=True)
+            result.runs = _table(bench, config)
             result.layers = pd.concat([result.layers, pd.DataFrame(done.layers)], ignore_index=True)
             if out is not None:
                 result.save(out)
@@ -149,25 +190,77 @@ def _checked_bench(
     decoder = Decoder(model)
     check_model(decoder, [run.settings for run in config.runs()])
     bench = Workbench(model, tokenizer, name, config)
-    check_tokens(decoder, bench.calibration(config.nsamples, config.seed))
+    check_tokens(decoder, bench.calibration(config.nsamples, config.seeds[0]))
     return bench
+
+
+def _begun(bench: Workbench, config: CompareConfig, request: manifest.Request | None) -> manifest.Manifest:
+    """The manifest, but for the results."""
+    model, seeds = bench.model, sorted({run.seed for run in config.runs()})
+    inputs = {"model": manifest.model_record(bench.name, model.config, manifest.weights_hash(model))}
+    for seed in seeds:
+        windows = bench.calibration(config.nsamples, seed)
+        inputs["calibration" if len(seeds) == 1 else f"calibration, seed {seed}"] = manifest.windows_record(
+            windows, bench.tokenizer, config.dataset
+        )
+    inputs["evaluation"] = manifest.windows_record(bench.held_out, bench.tokenizer, config.eval_dataset)
+    settings = {"device": model.device.type, "dtype": model.dtype} | _settings(config, bench.name)
+    return manifest.begin("compare", settings, inputs, manifest.machine_record(model.device, model.dtype), request)
+
+
+def _settings(config: CompareConfig, name: str) -> dict[str, Any]:
+    """By the names of the command's options; texts that were given have none."""
+    given = {"model": name} | asdict(config)
+    given |= {"sparsity": given.pop("sparsities"), "seed": given.pop("seeds")}
+    datasets = {each: given[each] for each in ("dataset", "eval_dataset")}
+    return given | {each: value if isinstance(value, str | Path) else None for each, value in datasets.items()}
 
 
 def dense_row(bench: Workbench) -> pd.DataFrame:
     """The dense model as the first row of a table of runs."""
     row = {"method": "dense", "pattern": "", "sparsity": 0.0, "ratio": 1.0}
-    return pd.DataFrame([row | {"perplexity": float(bench.dense), "stderr": bench.dense.stderr}]).reindex(
-        columns=[*_COLUMNS, "peak_memory_mb"]
-    )
+    row |= {"perplexity": float(bench.dense), "stderr": bench.dense.stderr}
+    return pd.DataFrame([row], columns=_COLUMNS)
+
+
+def _table(bench: Workbench, config: CompareConfig) -> pd.DataFrame:
+    """The rows of which all runs are finished; differences as soon as those of the baseline are."""
+    groups = [group for group in config.rows() if all(bench.finished(run) for run in group)]
+    baselines = {group[0].sparsity: group for group in groups if group[0].method == config.baseline}
+    rows = dense_row(bench).to_dict("records")
+    rows += [_row(bench, group, baselines.get(group[0].sparsity)) for group in groups]
+    first = _COLUMNS.index("ratio") + 1
+    return pd.DataFrame(rows, columns=[*_COLUMNS[:first], "difference", "difference_half_width", *_COLUMNS[first:]])
+
+
+def _row(bench: Workbench, group: list[RunConfig], baseline: list[RunConfig] | None) -> dict[Hashable, Any]:
+    """Replicates of one run as one row, beside those of the baseline."""
+    measured = [bench.perplexity(run) for run in group]
+    value, stderr = pooled(measured)
+    row: dict[Hashable, Any] = {"method": group[0].method, "pattern": group[0].sparsity}
+    row |= {"perplexity": value, "stderr": stderr, "ratio": value / float(bench.dense)}
+    row |= pd.DataFrame([bench.run(run).row for run in group])[_MEANS].mean().to_dict()
+    if baseline is None or baseline == group:
+        return row
+    found = difference(measured, [bench.perplexity(run) for run in baseline])
+    return row | {"difference": found.mean, "difference_half_width": found.half_width}
 
 
 def as_text(runs: pd.DataFrame) -> pd.DataFrame:
-    """Runs as text to print: numbers rounded, perplexity with its error, nothing where nothing was measured."""
-    formats = {"sparsity": "{:.2%}", "ratio": "{:.3f}", "relative_error": "{:.4f}", "seconds": "{:.2f}"}
-    shown = {name: runs[name].map(form.format) for name, form in formats.items()}
+    """Runs as text to print: numbers rounded, those with an error beside it, nothing where nothing was measured.
+
+    Args:
+        runs: of a `Comparison`, or the columns of `dense_row` of a bench's runs.
+    """
+    formats = {"sparsity": "{:.2%}", "ratio": "{:.3f}", "relative_error": "{:.4f}", "optimality_gap": "{:.2f}"}
+    formats |= {"seconds": "{:.2f}", "peak_memory_mb": "{:.0f}"}
+    shown: dict[str, Any] = {name: runs[name].map(form.format) for name, form in formats.items()}
     shown["perplexity"] = runs.perplexity.map("{:.2f} ± ".format) + runs.stderr.map("{:.2f}".format)
-    shown["peak_memory_mb"] = runs.peak_memory_mb.map("{:.0f}".format)
-    return runs.assign(**shown).drop(columns="stderr").replace(["nan", "nan%", "nan ± nan"], "")
+    if "difference" in runs:
+        pairs = zip(runs.difference, runs.difference_half_width, strict=True)
+        shown["difference"] = ["" if math.isnan(mean) else Interval(mean, half).in_words for mean, half in pairs]
+    text = runs.assign(**shown).drop(columns=["stderr", "difference_half_width"], errors="ignore")
+    return text.replace(["nan", "nan%", "nan ± nan"], "").rename(columns={"optimality_gap": "gap"})
 
 
 def caption(model: str, text: TextConfig, nsamples: int | str, seeds: tuple[int, ...]) -> str:
@@ -189,6 +282,8 @@ def estimate_seconds(model: PreTrainedModel, config: CompareConfig) -> float:
         for _ in range(3):
             perplexity(model, tried, progress=False)
     per_window = (time.perf_counter() - started) / 3 / len(tried)
-    evaluation = per_window * config.eval_nsamples * (1 + len(config.methods) * len(config.sparsities))
-    passes = 2.0 + len(config.sparsities) * sum(_PASSES[method] for method in config.methods)
+    methods = [run.method for run in config.runs()]
+    evaluation = per_window * config.eval_nsamples * (1 + len(methods))
+    usual = {method: _PASSES_BY_NEEDS[find(method).needs] for method in config.methods}
+    passes = 2.0 + sum((usual | _PASSES)[method] + _QUALITY_PASSES for method in methods)
     return evaluation + passes * per_window * config.nsamples

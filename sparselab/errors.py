@@ -4,9 +4,21 @@ Wrong arguments raise the built-in `ValueError` or `TypeError`. The classes here
 work has begun, or that lies in files and models rather than in a call.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class SparselabError(Exception):
     """Base of every error that sparselab raises itself, apart from ValueError and TypeError."""
+
+
+@contextmanager
+def naming(layer: str) -> Iterator[None]:
+    """What goes wrong inside is said of this layer."""
+    try:
+        yield
+    except (SparselabError, ValueError) as error:
+        raise type(error)(f"{layer}: {error}") from error
 
 
 class SingularHessianError(SparselabError):
@@ -35,3 +47,7 @@ class LostRankError(SparselabError):
 
 class OutputError(SparselabError):
     """An output folder is in use, holds something already, or cannot be written."""
+
+
+class ReplayError(SparselabError):
+    """Work that was done again came to other numbers, or would have started from other things."""

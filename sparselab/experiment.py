@@ -3,29 +3,35 @@
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pandas as pd
+import torch
 from jaxtyping import Int
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparselab import __version__, corpora, files
+from sparselab.allocation import parse_allocation
 from sparselab.calibration import Collected, collect, collect_nested
 from sparselab.errors import SingularHessianError
 from sparselab.evaluation import Perplexity, perplexity
-from sparselab.methods import Settings
-from sparselab.models.blocks import Decoder, read_weight, write_weight
+from sparselab.methods import Settings, find
+from sparselab.models.blocks import Decoder, find_linears, read_weight, write_weight
 from sparselab.progress import Progress
 from sparselab.pruning import Report, prune
-from sparselab.solvers import parse_sparsity, relative_error
+from sparselab.quality import copy_weights, layer_quality
+from sparselab.solvers import relative_error
+from sparselab.uncertainty import Interval, difference
 
 _REFERENCE_WINDOWS = 128
 RESULT = "result.json"
+_LAYER, _QUALITY = ["block", "layer"], ["calibration_error", "optimality_gap", "residual"]
 
 
 @dataclass(frozen=True)
@@ -61,8 +67,8 @@ class RunConfig:
 
     Args:
         method: a key of `sparselab.methods.METHODS`.
-        sparsity: 0.5, "50%" or "2:4"; kept as it is written in tables.
-        percdamp, blocksize, propagate: see `sparselab.methods.Settings`.
+        sparsity: 0.5, "50%", "2:4" or rules for some layers; kept as it is written in tables.
+        percdamp, blocksize, propagate, wbits, true_sequential: see `sparselab.methods.Settings`.
         nsamples: calibration windows.
         seed: of the calibration draw.
     """
@@ -74,6 +80,8 @@ class RunConfig:
     nsamples: int = 128
     seed: int = 0
     propagate: Literal["pruned", "dense"] = "pruned"
+    wbits: int | None = None
+    true_sequential: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sparsity", str(self.settings.pattern))
@@ -84,8 +92,20 @@ class RunConfig:
     @property
     def settings(self) -> Settings:
         """What is done to each layer."""
-        pattern = parse_sparsity(self.sparsity)
-        return Settings(self.method, pattern, self.percdamp, self.blocksize, self.propagate)
+        return Settings(
+            self.method,
+            parse_allocation(self.sparsity),
+            self.percdamp,
+            self.blocksize,
+            self.propagate,
+            wbits=self.wbits,
+            true_sequential=self.true_sequential,
+        )
+
+    def replicates(self, seeds: Sequence[int]) -> "list[RunConfig]":
+        """The same for each calibration draw; of a method that reads no text one run, which stands for all of them."""
+        needs = find(self.method).needs
+        return [replace(self, seed=seeds[0] if needs == "nothing" else seed) for seed in seeds]
 
 
 @dataclass(frozen=True)
@@ -94,20 +114,25 @@ class Result:
 
     Args:
         row: method, pattern, percdamp, blocksize, nsamples, seed, propagate; sparsity (realised), perplexity, stderr,
-            ratio (to dense), relative_error (mean over layers), seconds and peak_memory_mb (of calibration and solve,
-            besides the model); failure, "" unless a Hessian could not be factored, and then nothing is measured.
-        layers: a row a layer: method, pattern, seed, block, layer, sparsity, relative_error.
+            ratio (to dense), relative_error and calibration_error (means over layers), optimality_gap (geometric mean
+            over layers), seconds and peak_memory_mb (of calibration and solve, besides the model); failure, "" unless
+            a Hessian could not be factored, and then nothing is measured.
+        layers: a row a layer: method, pattern, seed, block, layer, sparsity, relative_error, calibration_error,
+            optimality_gap, residual; see `Workbench`.
+        nll: loss of each held-out window, see `Perplexity`; none after a failure.
     """
 
     row: dict[str, Any]
     layers: list[dict[str, Any]]
+    nll: list[float] = field(default_factory=list)
 
 
 class Workbench:
     """A model and its text at hand: dense weights kept, the dense perplexity measured once, no run computed twice.
 
-    A run's layer errors are those of its weights on the dense model's inputs on held-out windows, so that runs of any
-    method, seed and number of calibration windows are measured alike, and none on what it was fitted to.
+    A run's relative errors are those of its weights on the dense model's inputs on held-out windows, so that runs of
+    any method, seed and number of calibration windows are measured alike, and none on what it was fitted to. What else
+    there is about layers is what `layer_quality` finds on the run's own calibration windows.
 
     Args:
         model: a causal language model; it is dense again after every run.
@@ -115,7 +140,8 @@ class Workbench:
         name: what to call the model in tables.
         text: what it is calibrated and measured on.
         folder: where finished runs are kept and found again; None keeps them in memory alone.
-        measure_error: measure layer errors; the statistics of all layers are then held in memory.
+        measure_error: measure layers too, after the run and besides its seconds and memory. It takes another pass of
+            the calibration windows, and the statistics of all layers are held in memory.
     """
 
     def __init__(
@@ -134,7 +160,7 @@ class Workbench:
         )
         self._decoder = Decoder(model)
         self._decoder.check_whole()
-        self._dense_weights = {name: read_weight(linear).clone() for name, linear in self._decoder.linears().items()}
+        self._dense_weights = copy_weights(model)
         self._identity = {"model": name, "weights": _fingerprint(model), "version": __version__}
         self._results: dict[RunConfig, Result] = {}
         self._collected: dict[tuple[int, int], Collected] = {}
@@ -171,7 +197,8 @@ class Workbench:
         """The result of a run, if it was computed before: by this object, or by another on the same folder."""
         if config not in self._results and self.folder is not None and self._path(self.folder, config).is_file():
             kept = json.loads(self._path(self.folder, config).read_text(encoding="utf-8"))
-            self._results[config] = Result(kept["row"], kept["layers"])
+            if "nll" in kept:  # earlier versions did not keep it
+                self._results[config] = Result(kept["row"], kept["layers"], kept["nll"])
         return self._results.get(config)
 
     def run(self, config: RunConfig, progress: Progress = False) -> Result:
@@ -208,6 +235,36 @@ class Workbench:
             results.append(self.run(config).row)
         return pd.DataFrame(results)
 
+    def perplexity(self, config: RunConfig, progress: Progress = False) -> Perplexity:
+        """The perplexity after a run, on the held-out windows.
+
+        Raises:
+            SingularHessianError: the run failed.
+        """
+        result = self.run(config, progress)
+        if result.row["failure"]:
+            raise SingularHessianError(result.row["failure"])
+        return Perplexity(torch.tensor(result.nll, dtype=torch.float64), self.held_out.shape[1])
+
+    def difference(
+        self, first: RunConfig, second: RunConfig, seeds: Sequence[int] = (0,), progress: Progress = False
+    ) -> Interval:
+        """Log perplexity of the first run minus that of the second, paired by seed and window; see `difference`.
+
+        Args:
+            first, second: what is compared; their own seeds are not looked at.
+            seeds: calibration draws; runs that are not done yet are done.
+            progress: see `run`.
+
+        Raises:
+            ValueError: no seeds.
+            SingularHessianError: a run failed.
+        """
+        if not seeds:
+            raise ValueError("seeds: expected at least one, received none")
+        pair = [[self.perplexity(run, progress) for run in config.replicates(seeds)] for config in (first, second)]
+        return difference(*pair)
+
     def _compute(self, config: RunConfig, progress: Progress) -> Result:
         dense, reference = self.dense, self.reference if self.measure_error else {}
         calib: Any = self._collected.get((config.nsamples, config.seed)) if config.propagate == "dense" else None
@@ -215,21 +272,31 @@ class Workbench:
             calib = self.calibration(config.nsamples, config.seed)
         report = prune(
             self.model, calib, config.method, config.sparsity, config.percdamp, config.blocksize,
-            propagate=config.propagate, measure_error=False, progress=progress,
+            propagate=config.propagate, measure_error=False, wbits=config.wbits,
+            true_sequential=config.true_sequential, progress=progress,
         )  # fmt: skip
-        layers = report.layers[["block", "layer", "sparsity"]].assign(relative_error=self._errors(reference))
         ppl = perplexity(self.model, self.held_out, progress=progress)
+        layers = report.layers[["block", "layer", "sparsity"]]
+        layers = layers.merge(self._errors(reference), "left", _LAYER)
+        if self.measure_error:
+            calib = self.calibration(config.nsamples, config.seed)
+            found = layer_quality(self.model, self._dense_weights, calib, progress=progress)
+            layers = layers.merge(found[[*_LAYER, *_QUALITY]], "left", _LAYER)
+        layers = layers.reindex(columns=list(dict.fromkeys([*layers, *_QUALITY])))
         about = {"method": config.method, "pattern": config.sparsity, "seed": config.seed}
         rows: Any = layers.assign(**about).to_dict("records")
-        return Result(_row(config, report, ppl, dense, layers), rows)
+        return Result(_row(config, report, ppl, dense, layers), rows, ppl.nll.tolist())
 
-    def _errors(self, reference: Collected) -> list[float]:
-        return [
-            relative_error(self._dense_weights[layer], read_weight(linear), reference[layer].hessian)
-            if reference
-            else float("nan")
-            for layer, linear in self._decoder.linears().items()
-        ]
+    def _errors(self, reference: Collected) -> pd.DataFrame:
+        """Relative errors of all layers of the model as it is now, on the dense model's inputs."""
+        rows = []
+        for index, block in enumerate(self._decoder.blocks):
+            for layer, linear in find_linears(block).items():
+                name = f"{self._decoder.block_prefix(index)}{layer}"
+                dense, pruned = self._dense_weights[name], read_weight(linear)
+                error = relative_error(dense, pruned, reference[name].hessian) if reference else float("nan")
+                rows.append({"block": index, "layer": layer, "relative_error": error})
+        return pd.DataFrame(rows)
 
     def _path(self, folder: Path, config: RunConfig) -> Path:
         key = json.dumps(self._identity | asdict(self.text) | _described(config), sort_keys=True, default=str)
@@ -272,6 +339,8 @@ def _row(config: RunConfig, report: Report, ppl: Perplexity, dense: Perplexity, 
         "stderr": ppl.stderr,
         "ratio": float(ppl) / float(dense),
         "relative_error": float(layers.relative_error.mean()),
+        "calibration_error": float(layers.calibration_error.mean()),
+        "optimality_gap": float(np.exp(np.log(layers.optimality_gap).mean())),
         "seconds": report.seconds,
         "peak_memory_mb": report.peak_memory / 1e6,
         "failure": "",

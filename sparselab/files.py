@@ -7,9 +7,10 @@ import platform
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
@@ -24,6 +25,8 @@ STAMP = "sparselab.json"
 # In the folder of work that can be taken up again, says what of it is done.
 JOURNAL = "journal.jsonl"
 _LOCK = ".lock"
+# Whose versions may change a result.
+_PACKAGES = ("sparselab", "torch", "transformers", "tokenizers", "numpy", "safetensors", "numba")
 
 
 @contextmanager
@@ -158,17 +161,26 @@ def check_space(folder: Path, needed: int) -> None:
         )
 
 
-def write_stamp(folder: Path, command: str, settings: dict[str, Any]) -> None:
-    """Record in an output folder what was run, with which settings and versions, and the files it holds by now."""
-    packages = ("sparselab", "torch", "transformers", "tokenizers", "numpy")
-    stamp = {
-        "command": command,
-        "settings": settings,
-        "versions": {name: importlib.metadata.version(name) for name in packages},
-        "python": platform.python_version(),
-        "files": sorted(_file_names(folder) | {STAMP}),
-    }
-    write_text(folder / STAMP, json.dumps(stamp, indent=2, default=str) + "\n")
+def write_stamp(
+    folder: Path, command: str, settings: Mapping[str, Any], more: Mapping[str, Any] = MappingProxyType({})
+) -> None:
+    """Record in an output folder what was run, with which settings and versions, and the files it holds by now.
+
+    Args:
+        folder: the output.
+        command: of the command line.
+        settings: all that was asked for.
+        more: what else there is to say; see `manifest`.
+    """
+    stamp = {**more, "command": command, "settings": dict(settings), **versions()}
+    stamp["files"] = sorted(_file_names(folder) | {STAMP})
+    write_text(folder / STAMP, _readable(stamp) + "\n")
+
+
+def versions() -> dict[str, Any]:
+    """Of Python and of the packages that a result may depend on."""
+    found = {name: importlib.metadata.version(name) for name in _PACKAGES}
+    return {"versions": found, "python": platform.python_version()}
 
 
 def read_stamp(folder: Path) -> dict[str, Any] | None:
@@ -214,6 +226,17 @@ def markdown_table(table: "pd.DataFrame") -> str:
         *table.astype(str).to_numpy(),
     ]
     return "".join("| " + " | ".join(row) + " |\n" for row in rows)
+
+
+def _readable(value: Any, depth: int = 0) -> str:
+    """JSON with a line for each entry that a reader may look for, and for each row of a table."""
+    inside, end = "\n" + "  " * (depth + 1), "\n" + "  " * depth
+    if depth < 3 and isinstance(value, dict) and value:
+        entries = [f"{json.dumps(str(key))}: {_readable(each, depth + 1)}" for key, each in value.items()]
+        return "{" + inside + f",{inside}".join(entries) + end + "}"
+    if depth < 3 and isinstance(value, list) and any(isinstance(each, dict) or depth == 1 for each in value):
+        return "[" + inside + f",{inside}".join(_readable(each, depth + 1) for each in value) + end + "]"
+    return json.dumps(value, default=str)
 
 
 def _check_replaceable(path: str | Path, folder: Path, overwrite: bool) -> None:

@@ -9,10 +9,10 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from sparselab import files, solvers
+from sparselab import files
 from sparselab.calibration import enter, observe
 from sparselab.errors import NotEnoughMemoryError
-from sparselab.methods import Settings
+from sparselab.methods import Settings, find
 from sparselab.models.blocks import Decoder, evaluating, find_linears, weight_shape
 from sparselab.models.inputs import batches
 from sparselab.ranks import Ranks
@@ -76,7 +76,8 @@ def estimate(
                 seen = observe(decoder, 0, streams, collects(settings) == "hessian", False)
                 passes = 2 * len(parts) * (time.perf_counter() - started - read)
             linears = find_linears(block)
-            groups = sharing(linears, seen)
+            groups = sharing(0, linears, seen, settings)
+    passes *= len(groups) if settings.true_sequential else 1
     shapes = [[weight_shape(linears[name]) for name in group] for group in groups]
     work, flop = _solve(shapes, settings)
     memory = probe.bytes + work + (0 if spill else hidden)
@@ -102,12 +103,13 @@ def check(needs: Needs, device: torch.device, folder: Path) -> None:
 
 def _solve(groups: list[list[tuple[int, int]]], settings: Settings) -> tuple[int, float]:
     """Bytes that the largest solve works with, and floating point operations of all of a block."""
-    most, flop = 0, 0.0
+    method, most, flop = find(settings.method), 0, 0.0
     for shapes in groups:
         d_out, d_in = sum(rows for rows, _ in shapes), shapes[0][1]
-        if settings.method == "sparsegpt":
-            most = max(most, 4 * (d_in * d_in + 4 * d_out * d_in))
-            flop += solvers.least_flop(d_out, d_in) / _SHARE_OF_RATE
+        if method.needs == "hessian":
+            squares, copies = (1, 4) if method.sweeps else (3, 6)  # of the Hessian, and of the weights
+            most = max(most, 4 * (squares * d_in * d_in + copies * d_out * d_in))
+        flop += method.flop(d_out, d_in) / _SHARE_OF_RATE
         if settings.measure_error:
             flop += 4 * d_out * d_in**2
     return most, flop

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import pandas as pd
 import torch
@@ -13,19 +13,20 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from sparselab import solvers
+from sparselab import manifest, solvers
+from sparselab.allocation import Allocation, Sparsity, parse_allocation
 from sparselab.calibration import Collected, enter
-from sparselab.errors import NonFiniteError, SparselabError
-from sparselab.methods import METHODS, Settings
+from sparselab.errors import NonFiniteError, naming
+from sparselab.methods import Settings, find
 from sparselab.models.blocks import Decoder, evaluating, find_linears, read_weight, weight_shape
-from sparselab.models.inputs import check_tokens
+from sparselab.models.inputs import as_windows, check_tokens
 from sparselab.models.zero import has_optimizer, is_partitioned
 from sparselab.progress import Progress, tracked
 from sparselab.ranks import Ranks, everyone
 from sparselab.resources import PeakMemory, Stopwatch
 from sparselab.solvers import Pattern
 from sparselab.solvers.checks import all_finite
-from sparselab.walk import Keeper, Row, Walk, collects, in_order
+from sparselab.walk import Keeper, Row, Walk, collects, in_order, selected
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,10 @@ class Report:
 
     Args:
         layers: one row a layer: block, layer, d_out, d_in, sparsity (realised), relative_error (of the layer's outputs
-            on its calibration inputs, against the dense weight), tokens, seconds (of the solve; layers that see the
-            same inputs are solved together, and share the time by their size).
+            on its calibration inputs, against the dense weight), tokens, percdamp (the damping used, a fraction of the
+            mean diagonal; NaN where none was needed), retries (how often it was raised for that), seconds (of the
+            solve; layers that see the same inputs are solved together, and share the time by their size). Layers that
+            were left as they are have no row.
         settings: what was asked for.
         seconds: wall time of the whole walk.
         stages: seconds of it by what they went into: forward passes, statistics, factorise, sweep (the solve, of
@@ -61,18 +64,37 @@ class Report:
         """Mean relative error over the layers whose dense outputs are not all zero."""
         return float(self.layers.relative_error.mean())
 
+    def save(self, folder: str | Path, calib: Any = None, **about: Any) -> None:
+        """Keep the rows as `report.csv` in a new folder, and how they came to be as a manifest, `sparselab.json`.
+
+        Args:
+            folder: absent or empty.
+            calib: the windows that the model was pruned on, of which the manifest keeps number and hash.
+            about: what the report cannot know, by the names of the command's options: with model="tiny",
+                dataset="stdlib" and seed=0, say, `sparselab replay` can prune again and compare.
+
+        Raises:
+            OutputError: the folder holds something, or cannot be written.
+            TypeError: something about it is no name and no number.
+        """
+        windows = None if calib is None else as_windows(calib)
+        manifest.save_report(folder, self.layers, self.settings, windows, about)
+
 
 def prune(
     model: PreTrainedModel,
     calib: Any = None,
     method: str = "sparsegpt",
-    sparsity: float | str | Pattern = 0.5,
+    sparsity: Sparsity | Allocation = 0.5,
     percdamp: float = 0.01,
     blocksize: int = 128,
     *,
     propagate: Literal["pruned", "dense"] = "pruned",
     measure_error: bool = True,
     kernel: solvers.Kernel = "auto",
+    wbits: int | None = None,
+    true_sequential: bool = False,
+    retries: int = 0,
     batch_size: int | None = None,
     progress: Progress = True,
     use_zero: bool = False,
@@ -89,9 +111,11 @@ def prune(
             `collect` made of such windows and the dense model, which then serves any number of runs without another
             forward pass (`propagate` is "dense" then). May be None for magnitude, whose layer errors are then not
             known.
-        method: "sparsegpt", "wanda" or "magnitude".
-        sparsity: 0.5, "50%", "2:4" or a pattern.
-        percdamp, blocksize, propagate, measure_error, kernel: see `Settings`.
+        method: a key of `methods.METHODS` ("sparsegpt", "admm", "wanda", "ria", "magnitude"), or one with an update:
+            "wanda+cg".
+        sparsity: 0.5, "50%", "2:4" or a pattern; or rules for some layers, the others staying as they are:
+            "0=dense,1-5:mlp.*=70%,*=50%"; see `allocation.parse_allocation`.
+        percdamp, blocksize, propagate, measure_error, kernel, wbits, true_sequential, retries: see `Settings`.
         batch_size: windows in one forward pass; None chooses by the device. Memory, not results, depends on it.
         progress: a bar over layers; see `sparselab.progress`.
         use_zero: the model is partitioned by ZeRO-3, and all its processes make this call with the same arguments. One
@@ -111,9 +135,18 @@ def prune(
         LostRankError: another process has ended.
     """
     collected = calib if isinstance(calib, dict) else None
-    pattern = solvers.parse_sparsity(sparsity)
-    view = propagate if collected is None else "dense"
-    settings = Settings(method, pattern, percdamp, blocksize, view, measure_error and calib is not None, kernel)
+    settings = Settings(
+        method,
+        parse_allocation(sparsity),
+        percdamp,
+        blocksize,
+        propagate if collected is None else "dense",
+        measure_error and calib is not None,
+        kernel,
+        wbits,
+        true_sequential,
+        retries,
+    )
     check_calib(method, calib)
     decoder = Decoder(model)
     decoder.residence.check_write_back(lambda name: not decoder.is_outside(name))
@@ -155,10 +188,11 @@ def walk_all(
     """
     rows: list[Row] = []
     ranks = ranks or Ranks()
+    layers = sum(len(selected(decoder, index, settings)) for index in range(len(decoder.blocks)))
     with (
         evaluating(decoder.model),
         PeakMemory(decoder.device) as memory,
-        tracked(progress, len(decoder.linears()), f"{settings.method} {settings.pattern}", "layer") as advance,
+        tracked(progress, layers, f"{settings.method} {settings.pattern!s:.24}", "layer") as advance,
     ):
         started, watch = time.perf_counter(), Stopwatch(decoder.device)
         walk = Walk(decoder, settings, watch, [], collected, keeper, ranks)
@@ -176,7 +210,7 @@ def walk_all(
 
 def check_calib(method: str, calib: Any) -> None:
     """Raise ValueError where a method needs calibration windows and there are none."""
-    if calib is None and METHODS[method].needs != "nothing":
+    if calib is None and find(method).needs != "nothing":
         raise ValueError(f"calib: {method} needs calibration windows, received None; see calibration_tokens")
 
 
@@ -232,32 +266,37 @@ def _check_zero(model: PreTrainedModel, use_zero: bool) -> None:
 def _check_settings(decoder: Decoder, runs: Sequence[Settings], collected: Collected | None) -> None:
     """What shapes and devices alone can tell."""
     linears = decoder.linears()
-    sweeps = [settings for settings in runs if settings.method == "sparsegpt"]
-    places = {linear.weight.device for linear in linears.values()} - {torch.device("meta")} or {decoder.device}
-    for device, settings in product(places, sweeps):
-        solvers.block_sweeper(settings.kernel, settings.blocksize, device)
-    if collected is not None and (lacking := [name for name in linears if name not in collected]):
+    if collected is not None and (lacking := [name for name in _pruned(decoder, runs) if name not in collected]):
         raise ValueError(
-            f"calib: expected statistics of all {len(linears)} layers, as collect gives without `blocks`; "
-            f"received none of {lacking[0]}"
+            f"calib: expected statistics of all {len(_pruned(decoder, runs))} layers that are pruned, "
+            f"as collect gives without `blocks`; received none of {lacking[0]}"
         )
-    for name, linear in linears.items():
-        for settings in runs:
-            d_in = weight_shape(linear)[1]
-            try:
-                settings.pattern.check(d_in, settings.blocksize if settings in sweeps else d_in)
-            except ValueError as error:
-                raise ValueError(f"{name}: {error}") from error
+    places = {linear.weight.device for linear in linears.values()} - {torch.device("meta")} or {decoder.device}
+    for device, settings in product(places, runs):
+        if find(settings.method).sweeps:
+            solvers.block_sweeper(settings.kernel, settings.blocksize, device, settings.wbits is not None)
+    for settings in runs:
+        if isinstance(settings.pattern, Allocation):
+            settings.pattern.check(decoder.layers())
+        for index in range(len(decoder.blocks)):
+            for name, linear in selected(decoder, index, settings).items():
+                pattern, d_in = cast(Pattern, settings.pattern_at(index, name)), weight_shape(linear)[1]
+                with naming(decoder.block_prefix(index) + name):
+                    pattern.check(d_in, settings.blocksize if find(settings.method).sweeps else d_in)
+
+
+def _pruned(decoder: Decoder, runs: Sequence[Settings]) -> list[str]:
+    """Full names of the layers that are pruned in any of the runs."""
+    layers = [(index, name) for index, name in decoder.layers() if any(run.pattern_at(index, name) for run in runs)]
+    return [decoder.block_prefix(index) + name for index, name in layers]
 
 
 def _check_weights(block: nn.Module, prefix: str) -> None:
     """A block's layers can be pruned, and what else it has would not make a damaged model."""
     linears = find_linears(block)
     for name, linear in linears.items():
-        try:
+        with naming(prefix + name):
             solvers.check_weight(read_weight(linear))
-        except (SparselabError, ValueError) as error:
-            raise type(error)(f"{prefix}{name}: {error}") from error
     weights = {f"{name}.weight" for name in linears}
     _check_finite((prefix + name, value) for name, value in block.named_parameters() if name not in weights)
 

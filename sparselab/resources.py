@@ -1,6 +1,7 @@
 """What a piece of work takes: memory at its highest point, and seconds by what they went into."""
 
 import ctypes
+import platform
 import sys
 import threading
 import time
@@ -79,6 +80,15 @@ def available_memory(device: torch.device) -> int:
     with suppress(OSError, ValueError):  # version 2 of Linux's, where there is one; "max" where it sets no limit
         free = min(free, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
     return free
+
+
+def processor() -> str:
+    """The name of the CPU."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
 
 
 class Stopwatch:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from sparselab import files, preflight
+from sparselab import corpora, files, manifest, preflight
 from sparselab.errors import OutputError, UnsupportedModelError
 from sparselab.journal import Journal, read_journal
 from sparselab.methods import Settings
@@ -47,8 +47,8 @@ Embeddings, norms and head are as they were.
 | perplexity | not measured; `sparselab eval` does |
 | made by | sparselab {version} |
 
-`report.csv` has a row for each layer, `sparselab.json` all settings and versions, `journal.jsonl` the checksums. Zeros
-are stored like any number: the files are as large as before.
+`report.csv` has a row for each layer, `journal.jsonl` the checksums, `sparselab.json` what this was made from and how:
+`sparselab replay` does it again and compares. Zeros are stored like any number: the files are as large as before.
 """
 
 
@@ -68,6 +68,7 @@ def prune_checkpoint(
     tell: Callable[[str], object] = lambda _: None,
     record: Mapping[str, Any] = MappingProxyType({}),
     ranks: Ranks | None = None,
+    request: manifest.Request | None = None,
 ) -> Report:
     """Prune a model that is not in memory, and write a checkpoint that `from_pretrained` opens.
 
@@ -85,8 +86,10 @@ def prune_checkpoint(
         overwrite: replace what an earlier call has written to `out`.
         force: begin even if memory or disk do not seem to suffice.
         tell: called with a line about what the work will take, and with one about anything that has to be done again.
-        record: what else the output should say about how it was made: the dataset, its seed.
+        record: what else the output should say about how it was made, by the names of the command's options; with
+            dataset="stdlib" and seed=0, say, `sparselab replay` can make it again.
         ranks: from `joined`, where several processes share the work; all are given the same arguments.
+        request: who asked for it, in place of `record`.
 
     Returns:
         A report with one row a layer; its seconds are those of this call. Of several processes the first has it all.
@@ -109,6 +112,16 @@ def prune_checkpoint(
     windows = None if calib is None else check_tokens(decoder, calib)
     work = _work(model, settings, windows, batch_size, ranks)
     ranks.check_same("arguments", json.dumps(work).encode(), decoder.device)
+    request = request or manifest.Request(arguments=record)
+    made = manifest.begin(
+        "prune",
+        manifest.arguments_of(settings, windows)
+        | {"model": model.name, "device": model.device.type, "dtype": model.model.dtype}
+        | {"batch_size": batch_size, "spill": spill},
+        _inputs(model, tokenizer, windows, work["inputs"], request.arguments.get("dataset")),
+        manifest.machine_record(model.device, model.model.dtype, ranks.world),
+        request,
+    )
     finished = _finished(Path(out), work) if resume and ranks.leads else []
     if ranks.any(bool(finished), decoder.device):
         return Report(pd.DataFrame(finished), settings, 0.0, {}, 0)
@@ -141,10 +154,25 @@ def prune_checkpoint(
         if hidden:
             shutil.rmtree(hidden)
         ranks.wait(decoder.device)
-        if ranks.leads:
+        if journal:
             shards.finish()
-            _describe(folder, model, tokenizer, report, dict(record) | work)
+            _describe(folder, model, tokenizer, report, made)
+            made["machine"] |= {"resumed_after_blocks": shards.done} if shards.done else {}
+            sums = {entry["file"]: entry["sha256"] for entry in journal.entries}
+            manifest.finish(folder, made, {"layers": report.layers, "checksums": sums}, ["report.csv"])
     return report
+
+
+def _inputs(
+    model: StreamedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    windows: Int[Tensor, "n seqlen"] | None,
+    hashes: dict[str, str],
+    dataset: corpora.Dataset | None,
+) -> dict[str, Any]:
+    """What goes in, for the manifest."""
+    named = {"model": manifest.model_record(model.name, model.model.config, hashes)}
+    return named if windows is None else named | {"calibration": manifest.windows_record(windows, tokenizer, dataset)}
 
 
 def _work_folder(out: str | Path, overwrite: bool, model: StreamedModel, ranks: Ranks) -> AbstractContextManager[Path]:
@@ -287,7 +315,11 @@ def _intact(folder: Path, entry: dict[str, Any]) -> bool:
 
 
 def _describe(
-    folder: Path, model: StreamedModel, tokenizer: PreTrainedTokenizerBase, report: Report, record: dict[str, Any]
+    folder: Path,
+    model: StreamedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    report: Report,
+    made: manifest.Manifest,
 ) -> None:
     """Everything that belongs to a checkpoint besides its weights."""
     source, settings = model.checkpoint.folder, report.settings
@@ -302,16 +334,16 @@ def _describe(
         for path in source.glob("*.py"):
             shutil.copyfile(path, folder / path.name)
     report.layers.to_csv(folder / "report.csv", index=False)
-    windows, of = record["windows"], record.get("dataset")
+    calib = made["inputs"].get("calibration")
+    of = f" of {calib['dataset']}" if calib and calib["dataset"] else ""
     card = _CARD.format(
-        name=record.get("model", source.name),
+        name=made["settings"]["model"] or source.name,
         zeros=report.sparsity,
         count=len(report.layers),
         method=settings.method,
         pattern=settings.pattern,
         error=report.relative_error,
-        calibration="none" if windows is None else f"{windows[0]} × {windows[1]} tokens" + (f" of {of}" if of else ""),
+        calibration=f"{calib['windows']} × {calib['seqlen']} tokens{of}" if calib else "none",
         version=version("sparselab"),
     )
     files.write_text(folder / "README.md", card)
-    files.write_stamp(folder, "prune", record)

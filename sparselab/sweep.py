@@ -38,7 +38,10 @@ TEXT_COLUMNS = ("model", "dataset", "eval_dataset", "seqlen", "eval_nsamples")
 SETTING_COLUMNS = ("pattern", "percdamp", "blocksize", "nsamples", "propagate")
 
 _WORDS = {int: "a whole number", float: "a number", str: "text"}
-_MEASURED = ["sparsity", "perplexity", "stderr", "ratio", "relative_error", "seconds", "peak_memory_mb"]
+_MEASURED = [
+    "sparsity", "perplexity", "stderr", "ratio", "relative_error", "calibration_error", "optimality_gap", "seconds",
+    "peak_memory_mb",
+]  # fmt: skip
 
 
 class ParameterError(ValueError):

@@ -1,25 +1,27 @@
 """The block walk: calibrate a block, solve its layers, store the result, send the hidden states on."""
 
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from sparselab import solvers
 from sparselab.calibration import Collected, Stream, advance_streams, observe
-from sparselab.errors import SparselabError
-from sparselab.methods import METHODS, Settings
+from sparselab.errors import SingularHessianError, SparselabError, naming
+from sparselab.methods import Settings, find
 from sparselab.models.blocks import Decoder, Linear, find_linears, read_weight, weight_shape, write_weight
 from sparselab.ranks import Ranks
 from sparselab.resources import Stopwatch
-from sparselab.solvers import InputStatistics
+from sparselab.solvers import InputStatistics, Pattern
 
 Row = dict[str, Any]  # of a report: what became of one layer
-_MEASURED = ("sparsity", "relative_error", "tokens", "seconds")
+_MEASURED = ("sparsity", "relative_error", "tokens", "percdamp", "retries", "seconds")
+_LEAST_RETRIED = 1e-4  # percdamp that is tried after 0
 
 
 @runtime_checkable
@@ -65,7 +67,7 @@ class Walk:
             yield from done
             return
         dense, last = self.settings.propagate == "dense", index + 1 == len(self.decoder.blocks)
-        foresee = dense and not last
+        foresee = dense and not last and bool(selected(self.decoder, index, self.settings))
         with ExitStack() as stack:
             with nullcontext() if self.decoder.residence.whole else self.watch.stage("read"):
                 block = stack.enter_context(self.decoder.block(index, write_back=self.keeper is None))
@@ -89,21 +91,30 @@ class Walk:
                     stack.close()
 
     def _prune_layers(self, index: int, foresee: bool) -> Iterator[Row]:
+        linears = selected(self.decoder, index, self.settings)
+        for stage in self._stages(index, linears) if linears else ():
+            yield from self._prune_stage(index, stage, foresee)
+
+    def _stages(self, index: int, linears: dict[str, Linear]) -> list[dict[str, Linear]]:
+        """All layers at once; or, one after another as the block calls them, those that see the same inputs."""
+        if not self.settings.true_sequential or not self.streams:
+            return [linears]
+        with self.watch.stage("forward"):
+            called = observe(self.decoder, index, self.streams[:1], False, False, self.watch, linears)
+        groups = sharing(index, {name: linears[name] for name in called}, called, self.settings)
+        return [{name: linears[name] for name in names} for names in groups]
+
+    def _prune_stage(self, index: int, linears: dict[str, Linear], foresee: bool) -> Iterator[Row]:
         """Each process solves its share of the layers; then all have all."""
-        linears, prefix = find_linears(self.decoder.blocks[index]), self.decoder.block_prefix(index)
         observed = self._observe(index, linears, foresee)
-        groups = sharing(linears, observed)
+        groups = sharing(index, linears, observed, self.settings)
         owners = self.ranks.owners([_cost([linears[name] for name in names]) for names in groups])
         owned = {name: owner for names, owner in zip(groups, owners, strict=True) for name in names}
         done: dict[str, Row] = {}
         for names in (names for names in groups if owned[names[0]] == self.ranks.rank):
-            rows = self._solve([linears[name] for name in names], observed.get(names[0]))
-            for name in names:
-                try:
-                    done[name] = {"block": index, "layer": name} | next(rows)
-                except SparselabError as error:
-                    raise type(error)(f"{prefix}{name}: {error}") from error
-                yield done[name]
+            for row in self._solve(index, {name: linears[name] for name in names}, observed.get(names[0])):
+                done[row["layer"]] = row
+                yield row
             if self.streams:  # nobody needs the statistics again
                 for name in names:
                     del observed[name]
@@ -120,39 +131,59 @@ class Walk:
             return {name: self.collected[prefix + name] for name in linears if prefix + name in self.collected}
         with self.watch.stage("forward"):
             hessian = collects(self.settings) == "hessian"
-            observed = observe(self.decoder, index, self.streams, hessian, foresee, self.watch)
+            observed = observe(self.decoder, index, self.streams, hessian, foresee, self.watch, linears)
         with self.watch.stage("exchange") if self.ranks.world > 1 else nullcontext():
             for seen in {id(observed[name]): observed[name] for name in linears}.values():  # in one order for all
                 seen.total(self.ranks.add_up)
         return observed
 
-    def _solve(self, linears: list[Linear], seen: InputStatistics | None) -> Iterator[Row]:
-        """Solve layers that see the same inputs together; store one after the other."""
-        method, started = METHODS[self.settings.method], time.perf_counter()
-        weights = [read_weight(linear) for linear in linears]
-        seen = seen or InputStatistics(weights[0].shape[1], with_hessian=False)  # no tokens: magnitude asks for none
-        if method.needs == "hessian":
-            with self.watch.stage("factorise"):
-                seen.factor(self.settings.percdamp)
-        with self.watch.stage("sweep"):
-            results = iter(method.solve(weights, seen, self.settings))
-        size, taken = sum(weight.numel() for weight in weights), 0.0
-        for linear, weight in zip(linears, weights, strict=True):
-            with self.watch.stage("sweep"):
-                pruned = next(results)  # which looks whether it is finite, so that on a GPU too it is done now
-            taken = taken or time.perf_counter() - started
+    def _solve(self, index: int, linears: dict[str, Linear], seen: InputStatistics | None) -> Iterator[Row]:
+        """Solve layers that see the same inputs, and are pruned alike, together; store one after the other."""
+        started = time.perf_counter()
+        weights = {name: read_weight(linear) for name, linear in linears.items()}
+        seen = seen or InputStatistics(next(iter(weights.values())).shape[1], with_hessian=False)  # asked for nothing
+        results, percdamp, retries = self._results(index, weights, seen)
+        size, taken = sum(weight.numel() for weight in weights.values()), time.perf_counter() - started
+        for (name, weight), pruned in zip(weights.items(), results, strict=True):
             d_out, d_in = weight.shape
-            with self.watch.stage("error"):
+            with self.watch.stage("error"), naming(self.decoder.block_prefix(index) + name):
                 error = self._relative_error(weight, pruned, seen)
-            write_weight(linear, pruned)
+            write_weight(linears[name], pruned)
             yield {
+                "block": index,
+                "layer": name,
                 "d_out": d_out,
                 "d_in": d_in,
                 "sparsity": solvers.realised_sparsity(pruned),
                 "relative_error": error,
                 "tokens": seen.tokens,
+                "percdamp": percdamp,
+                "retries": retries,
                 "seconds": taken * weight.numel() / size,
             }
+
+    def _results(
+        self, index: int, weights: dict[str, Tensor], seen: InputStatistics
+    ) -> tuple[list[Tensor], float, int]:
+        """New weights of layers that see the same inputs; the percdamp they took, NaN if none, and how often raised."""
+        method, to, retries = find(self.settings.method), self.settings, 0
+        pattern = cast(Pattern, to.pattern_at(index, next(iter(weights))))
+        while True:
+            results: list[Tensor] = []
+            try:
+                if method.sweeps:
+                    with self.watch.stage("factorise"):
+                        seen.factor(to.percdamp)
+                with self.watch.stage("sweep"):
+                    for pruned in method.solve(list(weights.values()), seen, pattern, to):
+                        results.append(pruned)  # noqa: PERF402 - how many have come tells which of them failed
+                return results, to.percdamp if method.needs == "hessian" else float("nan"), retries
+            except SparselabError as error:
+                message = f"{self.decoder.block_prefix(index)}{list(weights)[len(results)]}: {error}"
+                if not isinstance(error, SingularHessianError) or retries == to.retries:
+                    raise type(error)(message) from error
+                retries, to = retries + 1, replace(to, percdamp=10 * to.percdamp or _LEAST_RETRIED)
+                warnings.warn(f"{message}; trying again with percdamp {to.percdamp:g}", stacklevel=2)
 
     def _relative_error(self, weight: Tensor, pruned: Tensor, seen: InputStatistics) -> float:
         known = seen.tokens and collects(self.settings) == "hessian"
@@ -168,7 +199,8 @@ class Walk:
         self.ranks.broadcast(measured, owner)
         d_out, d_in = weight.shape
         found = dict(zip(_MEASURED, measured.tolist(), strict=True))
-        return {"d_out": d_out, "d_in": d_in} | found | {"tokens": int(found["tokens"])}
+        counts = {name: int(found[name]) for name in ("tokens", "retries")}
+        return {"d_out": d_out, "d_in": d_in} | found | counts
 
 
 def in_order(decoder: Decoder, rows: list[Row]) -> list[Row]:
@@ -177,18 +209,27 @@ def in_order(decoder: Decoder, rows: list[Row]) -> list[Row]:
     return sorted(rows, key=lambda row: places[decoder.block_prefix(row["block"]) + row["layer"]])
 
 
-def sharing(linears: dict[str, Linear], observed: Collected) -> list[list[str]]:
-    """Names of layers that see the same inputs and keep their weights alike, in one list each; others alone."""
+def selected(decoder: Decoder, index: int, settings: Settings) -> dict[str, Linear]:
+    """The layers of a block that are pruned, by their names there."""
+    linears = find_linears(decoder.blocks[index])
+    return {name: linear for name, linear in linears.items() if settings.pattern_at(index, name) is not None}
+
+
+def sharing(index: int, linears: dict[str, Linear], observed: Collected, settings: Settings) -> list[list[str]]:
+    """Names of layers that are solved together: with the same inputs, kept alike, and pruned alike; others alone."""
     groups: dict[Any, list[str]] = {}
     for name, linear in linears.items():
-        key = (id(observed[name]), linear.weight.dtype, linear.weight.device) if name in observed else name
+        key: Any = name
+        if name in observed:
+            pattern = settings.pattern_at(index, name)
+            key = (id(observed[name]), linear.weight.dtype, linear.weight.device, pattern)
         groups.setdefault(key, []).append(name)
     return list(groups.values())
 
 
 def collects(settings: Settings) -> str:
     """What statistics a run collects: "nothing", "feature norms" or "hessian"."""
-    return "hessian" if settings.measure_error else METHODS[settings.method].needs
+    return "hessian" if settings.measure_error else find(settings.method).needs
 
 
 def _cost(linears: list[Linear]) -> float:

@@ -103,6 +103,21 @@ def test_compare_writes_tables_and_figures(folder, text, tmp_path, capsys):
     assert main([*arguments, "--overwrite"]) == 0
 
 
+def test_compare_averages_over_seeds(folder, text, tmp_path, capsys):
+    arguments = ["compare", str(folder), "--out", str(tmp_path / "out"), "--dataset", text, "--sparsity", "50%"]
+    arguments += ["--methods", "magnitude", "wanda", "sparsegpt", "--eval-nsamples", "5", "--seed", "0", "4", *SMALL]
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("5 pruned models to make and to measure: about "), "magnitude reads no text"
+    assert "(seeds 0, 4)" in printed
+    runs, layers = (pd.read_csv(tmp_path / "out" / f"{name}.csv") for name in ("runs", "layers"))
+    assert len(runs) == 4
+    assert runs.difference.notna().tolist() == [False, True, True, False]
+    assert len(layers) == 5 * 21
+    assert "--seed: expected at least 0" in fails(capsys, [*arguments, "--overwrite", "--seed", "0", "-1"], 2)
+    assert "seeds: expected different ones" in fails(capsys, [*arguments, "--overwrite", "--seed", "1", "1"], 1)
+
+
 def test_train_and_resume(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("sparselab.corpora.documents", lambda _, split="train": TEXTS)
     shape = (
@@ -196,7 +211,7 @@ def test_tokens_of_another_vocabulary(tmp_path, tokenizer, capsys, text):
     assert "ids from 0 to 63" in fails(capsys, ["eval", tmp_path / "m", "--dataset", text, "--seqlen", "16"], 1)
 
 
-@pytest.mark.parametrize("command", ["", "compare", "prune", "eval", "train"])
+@pytest.mark.parametrize("command", ["", "compare", "prune", "eval", "replay", "train"])
 def test_help_is_one_screen_with_an_example(command, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
     with pytest.raises(SystemExit) as left:

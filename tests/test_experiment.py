@@ -1,4 +1,5 @@
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -6,9 +7,11 @@ import torch
 from conftest import TEXTS, tiny_llama
 
 import sparselab
+from sparselab import experiment
 from sparselab.errors import SingularHessianError
-from sparselab.experiment import RunConfig, TextConfig, Workbench, read_results
+from sparselab.experiment import Result, RunConfig, TextConfig, Workbench, read_results
 from sparselab.models.blocks import Decoder, read_weight
+from sparselab.quality import layer_quality
 from sparselab.solvers import relative_error
 
 TEXT = TextConfig(dataset=TEXTS, eval_dataset=TEXTS[:20], seqlen=16, eval_nsamples=5)
@@ -40,6 +43,52 @@ def test_a_run_is_pruning_and_perplexity_on_the_same_windows(bench, tokenizer):
     assert [layer["relative_error"] for layer in result.layers] == pytest.approx(errors)
     assert row["relative_error"] == pytest.approx(sum(errors) / 21)
     assert (row["method"], row["pattern"], row["seed"], row["failure"]) == ("sparsegpt", "60%", 0, "")
+    assert result.nll == ppl.nll.tolist()
+    quality = layer_quality(model, dense, calib, progress=False)
+    for name in ("calibration_error", "optimality_gap", "residual"):
+        assert [layer[name] for layer in result.layers] == quality[name].tolist()
+    assert row["calibration_error"] == pytest.approx(quality.calibration_error.mean())
+    assert row["optimality_gap"] == pytest.approx(math.exp(quality.optimality_gap.map(math.log).mean()))
+
+
+def test_layers_are_measured_after_the_run_or_not_at_all(llama, tokenizer, monkeypatch):
+    order = []
+    for name in ("prune", "layer_quality"):
+        call = getattr(experiment, name)
+        monkeypatch.setattr(experiment, name, lambda *a, name=name, call=call, **k: order.append(name) or call(*a, **k))
+    row = Workbench(llama, tokenizer, "m", TEXT).run(RUN).row
+    assert order == ["prune", "layer_quality"], "beside the run, whose seconds and memory are its own"
+    monkeypatch.setattr(experiment, "layer_quality", None)
+    monkeypatch.setattr(experiment, "collect", None)
+    lean = Workbench(llama, tokenizer, "m", TEXT, measure_error=False).run(RUN)
+    assert lean.row["perplexity"] == row["perplexity"]
+    assert set(lean.row) == set(row)
+    for name in ("relative_error", "calibration_error", "optimality_gap"):
+        assert math.isnan(lean.row[name])
+        assert all(math.isnan(layer[name]) for layer in lean.layers)
+
+
+def test_difference_is_that_of_single_runs_paired_by_seed(bench):
+    second, seeds = replace(RUN, method="wanda", seed=7), (1, 2, 0)
+    for which in (seeds, (2,)):
+        found = bench.difference(RUN, second, which)
+        firsts, seconds = ([bench.perplexity(replace(run, seed=seed)) for seed in which] for run in (RUN, second))
+        assert found == sparselab.difference(firsts, seconds)
+    held_out = bench.held_out
+    sparselab.prune(bench.model, bench.calibration(6, 2), "sparsegpt", 0.6, blocksize=16, progress=False)
+    again = sparselab.perplexity(bench.model, held_out, progress=False)
+    assert again.nll.tolist() == firsts[0].nll.tolist()
+    assert firsts[0].seqlen == 16
+    with pytest.raises(ValueError, match="seeds: expected at least one, received none"):
+        bench.difference(RUN, second, ())
+
+
+def test_magnitude_reads_no_text_and_is_run_once_for_all_seeds(bench):
+    found = bench.difference(replace(RUN, method="magnitude"), RUN, seeds=(3, 4))
+    assert bench.runs[["method", "seed"]].values.tolist() == [["magnitude", 3], ["sparsegpt", 3], ["sparsegpt", 4]]
+    alone = [bench.perplexity(run) for run in (replace(RUN, method="magnitude", seed=3), replace(RUN, seed=3))]
+    assert found.half_width > 0
+    assert found.mean != pytest.approx(sparselab.difference(*alone).mean)
 
 
 def test_the_model_is_dense_again(bench, llama):
@@ -69,12 +118,25 @@ def test_a_folder_keeps_runs_for_the_next_session_of_the_same_model(llama, token
     ]
     monkeypatch.setattr("sparselab.experiment.prune", None)
     assert again.run(RUN) == first
+    assert again.perplexity(RUN).nll.tolist() == first.nll
     for stranger in strangers:
         assert stranger.finished(RUN) is None
     assert again.finished(replace(RUN, percdamp=0.1)) is None
     read = read_results(tmp_path)
     assert read.loc[0, "perplexity"] == first.row["perplexity"]
     assert read.loc[0, "model"] == "m"
+
+
+def test_results_of_earlier_versions_without_losses_are_computed_anew(llama, tokenizer, tmp_path):
+    first = Workbench(llama, tokenizer, "m", TEXT, tmp_path).run(RUN)
+    [path] = tmp_path.rglob("result.json")
+    kept = json.loads(path.read_text())
+    losses = kept.pop("nll")
+    path.write_text(json.dumps(kept))
+    bench = Workbench(llama, tokenizer, "m", TEXT, tmp_path)
+    assert bench.finished(RUN) is None
+    assert bench.run(RUN).nll == first.nll == losses
+    assert json.loads(path.read_text())["nll"] == losses
 
 
 def test_a_stopped_run_leaves_a_dense_model_and_no_result(bench, llama, tmp_path):
@@ -97,7 +159,11 @@ def test_a_failed_factorisation_is_a_result_that_says_so(bench, monkeypatch):
         raise SingularHessianError("layer 3 is not positive definite; raise percdamp")
 
     monkeypatch.setattr("sparselab.experiment.prune", fail)
-    row = bench.run(RUN).row
+    result = bench.run(RUN)
+    row = result.row
+    assert result == Result(row, [], [])
+    with pytest.raises(SingularHessianError, match="layer 3 is not positive definite; raise percdamp"):
+        bench.difference(RUN, replace(RUN, method="wanda"))
     assert row["failure"] == "layer 3 is not positive definite; raise percdamp"
     assert "perplexity" not in row
 
@@ -105,7 +171,7 @@ def test_a_failed_factorisation_is_a_result_that_says_so(bench, monkeypatch):
 def test_collected_statistics_serve_dense_runs(bench, monkeypatch):
     dense = replace(RUN, propagate="dense")
     by_walk = bench.run(dense).row
-    other = Workbench(bench.model, bench.tokenizer, "random llama", TEXT)
+    other = Workbench(bench.model, bench.tokenizer, "random llama", TEXT, measure_error=False)
     other.collect([2, 6], seed=0)
     monkeypatch.setattr(other, "calibration", None)
     served = other.run(dense).row

@@ -3,6 +3,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from sparselab import figures
+from sparselab.figures.style import method_style, standing_apart
 
 
 def runs() -> pd.DataFrame:
@@ -48,6 +49,47 @@ def test_layer_figure_has_a_panel_a_method_and_a_line_a_projection():
     assert figure.get_supxlabel() == "50% (realised 50.00%); a caption"
     with pytest.raises(ValueError, match="expected one of 50%, 2:4, received '60%'"):
         figures.layer_errors(layers(), "60%", "")
+
+
+def test_layer_errors_of_several_seeds_are_averaged():
+    both = pd.concat(
+        [layers().assign(seed=0), layers().assign(seed=1, relative_error=lambda row: 3 * row.relative_error)]
+    )
+    for ax in figures.layer_errors(both, "50%", "").axes:
+        assert [line.get_label() for line in ax.get_lines()] == ["q_proj", "up_proj"]
+        assert ax.get_lines()[0].get_xydata().tolist() == [pytest.approx([b, 0.02 * (b + 1)]) for b in range(4)]
+
+
+UPDATED = [
+    method + update
+    for method in ("magnitude", "wanda", "sparsegpt", "ria", "admm")
+    for update in ("", "+none", "+sweep", "+cg", "+exact")
+]
+
+
+@pytest.mark.parametrize(
+    "told_by",
+    [
+        ("color", "linestyle"),  # lines without markers
+        ("marker", "linestyle"),  # seen without colours
+        ("marker", "fillstyle"),  # N:M: markers without lines
+    ],
+)
+def test_methods_and_updates_can_be_told_apart(told_by):
+    looks = {tuple(method_style(method).get(part) for part in told_by) for method in [*UPDATED, "unknown"]}
+    assert len(looks) == len(UPDATED) + 1
+
+
+def test_styles_stay_what_they_are_and_can_be_drawn(tmp_path):
+    looks = [tuple(method_style(name)[part] for part in ("marker", "linestyle")) for name in UPDATED[::5]]
+    assert looks[:4] == [("o", "-"), ("s", "--"), ("^", "-."), ("D", ":")]
+    assert method_style("mine") == method_style("yours") != method_style("admm")
+    table = pd.concat([runs()[:1], *(runs()[1:4].assign(method=name) for name in UPDATED)])
+    figure = figures.sparsity_perplexity(table, "")
+    figure.savefig(tmp_path / "f.png")  # warnings are errors
+    assert len(figure.axes[0].get_legend().get_texts()) == 26
+    assert standing_apart(method_style("wanda"))["markerfacecolor"] == "white"
+    assert "markerfacecolor" not in standing_apart(method_style("wanda+cg"))
 
 
 @pytest.mark.parametrize("errors", [0.0, float("nan")])

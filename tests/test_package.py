@@ -39,9 +39,10 @@ def test_everything_works_without_optional_packages():
 
 def test_public_names():
     assert set(sparselab.__all__) == {
-        "Magnitude", "Perplexity", "Report", "SparseGPT", "Wanda", "bits_per_byte", "calibration_tokens", "collect",
-        "compare", "evaluation_tokens", "load", "perplexity", "prune", "prune_checkpoint", "solvers",
-        "stream", "train",
+        "Magnitude", "Perplexity", "Report", "SparseGPT", "Wanda", "bits_per_byte", "block_errors",
+        "calibration_tokens", "collect", "compare", "difference", "evaluation_tokens", "layer_quality", "load", "owl",
+        "perplexity", "prune",
+        "prune_checkpoint", "prune_gradually", "recover", "solvers", "stream", "train",
     }  # fmt: skip
     for name in sparselab.__all__:
         assert getattr(sparselab, name).__doc__, name

@@ -149,9 +149,9 @@ def test_the_output_is_a_checkpoint_like_any_other(folder, tokens, tmp_path, tok
     assert "50.00% of the weights of 21 linear layers are zero, by sparsegpt at 50%" in card
     assert "10 × 24 tokens of stdlib" in card
     assert len(pd.read_csv(out / "report.csv")) == 21
-    stamp = json.loads((out / "sparselab.json").read_text())["settings"]
-    assert stamp["inputs"].keys() == {"config.json", "model.safetensors"}
-    assert stamp["settings"]["percdamp"] == "0.01"
+    stamp = json.loads((out / "sparselab.json").read_text())
+    assert stamp["inputs"]["model"]["weights"].keys() == {"config.json", "model.safetensors"}
+    assert stamp["settings"]["percdamp"] == 0.01
     assert not list(tmp_path.glob(".out*"))
     assert {path.suffix for path in out.iterdir()} == {".json", ".jsonl", ".md", ".csv", ".safetensors"}
 

@@ -290,7 +290,7 @@ def test_a_run_shows_its_row_and_its_layer_errors(swept):
         return [output for cell in code_cells(swept / f"{number}.ipynb") for output in cell.outputs]
 
     kept = json.loads(next((swept / "runs").rglob(RESULT)).read_text(encoding="utf-8"))
-    assert set(kept) == {"model", "weights", "version", "text", "row", "layers"}
+    assert set(kept) == {"model", "weights", "version", "text", "row", "layers", "nll"}
     tables = [output.data["text/html"] for output in shown(0) if "text/html" in output.get("data", {})]
     assert "relative_error" in tables[0]
     assert "self_attn.q_proj" in tables[1]

@@ -4,14 +4,13 @@ import os
 import platform
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
 import sparselab
-from sparselab.resources import PeakMemory
+from sparselab.resources import PeakMemory, processor
 
 
 def interleaved(
@@ -61,7 +60,7 @@ def square_product(device: torch.device, size: int) -> Callable[[], object]:
 def machine(device: torch.device) -> dict[str, Any]:
     """What the numbers were measured on."""
     return {
-        "processor": _processor(),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
@@ -72,14 +71,6 @@ def machine(device: torch.device) -> dict[str, Any]:
         "sparselab": sparselab.__version__,
         "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "unset"),
     }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def _wait(device: torch.device) -> None:

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from sparselab.course import tiny
 from sparselab.course.answers import Answer, CheckError
-from sparselab.course.intervals import interval95
 from sparselab.course.values import as_matrix, kind, normal
+from sparselab.uncertainty import interval95
 
 _RTOL = 1e-3  # rounding in float32
 _OVER_BEST = 0.12  # what an allocation may cost above the best possible; greedy ones stayed below 0.08 in 480 draws
@@ -71,9 +71,9 @@ def costs(function: Callable[..., Any], seed: int = 0) -> str:
         by_cost = tuple(_greedy(matrix.tolist(), layers.sizes, layers.sparsities, tiny.UNIFORM))
         uniform = (tiny.UNIFORM,) * len(layers.sizes)
         differences.append((tiny.heldout_loss(number, by_cost) - tiny.heldout_loss(number, uniform))[windows])
-    mean, half = interval95(torch.stack(differences).mean(dim=0))
-    said = f"log perplexity minus that of uniform {tiny.UNIFORM:.0%} is {mean:+.3f} ± {half:.3f}"
-    if mean + half >= 0:
+    found = interval95(torch.stack(differences).mean(dim=0))
+    said = f"log perplexity minus that of uniform {tiny.UNIFORM:.0%} is {found.mean:+.3f} ± {found.half_width:.3f}"
+    if found.high >= 0:
         raise CheckError(f"{answer.name}: {said}, expected below zero{_wrong_cost(matrix, layers)}")
     _check_nats(f"{answer.name}: {said}", matrix, layers)
     each = ", ".join(f"{float(loss.mean()):+.3f}" for loss in differences)

@@ -15,9 +15,9 @@ from torch import Tensor
 from sparselab.course.allocation import allocate, costs
 from sparselab.course.answers import Answer, CheckError
 from sparselab.course.handed_in import results
-from sparselab.course.intervals import Interval, interval95, t95
 from sparselab.course.tiny import prepare
 from sparselab.course.values import kind, normal
+from sparselab.uncertainty import Interval, interval95, t95
 
 __all__ = ["allocate", "best_settings", "costs", "interval", "paired_difference", "prepare", "results"]
 
@@ -35,7 +35,8 @@ def interval(function: Callable[..., Any], seed: int = 0) -> str:
     answer, draw = Answer(function), torch.Generator().manual_seed(seed)
     for count in (3, 2, 5, 10):
         values = (2.7 + 0.2 * normal(draw, count)).double()
-        mean, half = expected = interval95(values)
+        expected = interval95(values)
+        mean, half = expected.mean, expected.half_width
         sd, root = float(values.std()), math.sqrt(count)
         halves = {
             "the variance is divided by n − 1, not by n": half * math.sqrt((count - 1) / count),
@@ -47,8 +48,8 @@ def interval(function: Callable[..., Any], seed: int = 0) -> str:
             "that is the variance": sd**2,
             "half the width is asked for": 2 * half,
         }
-        guesses = {guess: (mean, other) for guess, other in halves.items()}
-        guesses["mean and half width, not the two ends"] = (mean - half, mean + half)
+        guesses = {guess: Interval(mean, other) for guess, other in halves.items()}
+        guesses["mean and half width, not the two ends"] = Interval(expected.low, expected.high)
         _compare(answer, f"{count} values", answer(values.tolist()), expected, guesses)
     return f"{answer.name}: mean and half width, for two values and for ten."
 
@@ -118,15 +119,19 @@ def _compare(answer: Answer, case: str, given: Any, expected: Interval, guesses:
         mean, half = (float(number) for number in given)
     except (TypeError, ValueError):
         raise CheckError(f"{answer.name} returns {kind(given)}, expected two numbers: mean and half width") from None
-    if not _close((mean, half), expected):
-        reason = next((f": {guess}" for guess, value in guesses.items() if _close((mean, half), value)), "")
-        raise CheckError(
-            f"{answer.name}, {case}: {mean:.4g} ± {half:.4g}, expected {expected[0]:.4g} ± {expected[1]:.4g}{reason}"
-        )
+    got = Interval(mean, half)
+    if not _close(got, expected):
+        reason = next((f": {guess}" for guess, value in guesses.items() if _close(got, value)), "")
+        raise CheckError(f"{answer.name}, {case}: {_said(got)}, expected {_said(expected)}{reason}")
+
+
+def _said(interval: Interval) -> str:
+    return f"{interval.mean:.4g} ± {interval.half_width:.4g}"
 
 
 def _close(given: Interval, expected: Interval) -> bool:
-    return all(math.isclose(*pair, rel_tol=_RTOL, abs_tol=1e-9) for pair in zip(given, expected, strict=True))
+    pairs = ((given.mean, expected.mean), (given.half_width, expected.half_width))
+    return all(math.isclose(*pair, rel_tol=_RTOL, abs_tol=1e-9) for pair in pairs)
 
 
 def _paired(a: Mapping[int, float], b: Mapping[int, float]) -> Tensor:
@@ -134,7 +139,7 @@ def _paired(a: Mapping[int, float], b: Mapping[int, float]) -> Tensor:
 
 
 def _wrong_pairs(a: Mapping[int, float], b: Mapping[int, float], table: pd.DataFrame) -> dict[str, Interval]:
-    mean, half = interval95(_paired(a, b))
+    found = interval95(_paired(a, b))
     both = [seed for seed in a if seed in b]
     values = [torch.tensor([of[seed] for seed in both], dtype=torch.float64) for of in (a, b)]
     every = [torch.tensor(list(of.values()), dtype=torch.float64) for of in (a, b)]
@@ -142,14 +147,20 @@ def _wrong_pairs(a: Mapping[int, float], b: Mapping[int, float], table: pd.DataF
     t, n = t95(len(both) - 1), len(both)
     apart = math.sqrt(sum(float(value.var()) for value in values) / n)
     return {
-        "b minus a, not a minus b": (-mean, half),
+        "b minus a, not a minus b": Interval(-found.mean, found.half_width),
         "take the logarithms first": interval95(values[1].exp() - values[0].exp()),
         "that is a ratio; take its logarithm": interval95((values[1] - values[0]).exp()),
         "rows are not in the order of seeds; match them by seed": interval95(rows[1].log() - rows[0].log()),
-        "the seeds' common part is still in it: take differences first, then their spread": (mean, t * apart),
-        "the seeds' common part is still in it; differences first": (mean, t95(2 * n - 2) * apart),
-        "half widths of the two do not add up; take differences first": (mean, sum(interval95(v)[1] for v in values)),
-        "seeds that only one of them has cannot be paired": (float(every[1].mean() - every[0].mean()), half),
+        "the seeds' common part is still in it: take differences first, then their spread": Interval(
+            found.mean, t * apart
+        ),
+        "the seeds' common part is still in it; differences first": Interval(found.mean, t95(2 * n - 2) * apart),
+        "half widths of the two do not add up; take differences first": Interval(
+            found.mean, sum(interval95(value).half_width for value in values)
+        ),
+        "seeds that only one of them has cannot be paired": Interval(
+            float(every[1].mean() - every[0].mean()), found.half_width
+        ),
     }
 
 
@@ -174,14 +185,15 @@ def _undecided(logs: Tensor, t: float | None = None, best: int | None = None) ->
         reference = of_n[int(of_n.mean(1).argmin()) if best is None else best]
         intervals = [interval95(of_p - reference) for of_p in of_n]
         scale = 1.0 if t is None else t / t95(logs.shape[-1] - 1)
-        found.append([abs(mean) <= scale * half for mean, half in intervals])
+        found.append([abs(each.mean) <= scale * each.half_width for each in intervals])
     return found
 
 
 def _is_clear(logs: Tensor) -> bool:
     for of_n in logs:
         intervals = [interval95(of_p - of_n[int(of_n.mean(1).argmin())]) for of_p in of_n]
-        if any(abs(abs(mean) - half) < _CLEAR * half for mean, half in intervals if half):
+        halves = [(abs(each.mean), each.half_width) for each in intervals]
+        if any(abs(mean - half) < _CLEAR * half for mean, half in halves if half):
             return False
     return True
 

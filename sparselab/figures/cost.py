@@ -9,7 +9,7 @@ from matplotlib.ticker import LogLocator, NullLocator, PercentFormatter
 from sparselab.cost import break_even, statistics_bytes
 from sparselab.figures.style import COLOURS, GREY, captioned, method_style, new_figure, styles
 
-HATCHES = {"magnitude": "", "wanda": "//", "sparsegpt": "xx"}
+HATCHES = {"magnitude": "", "wanda": "//", "sparsegpt": "xx", "ria": "\\\\", "admm": "++"}
 FORM_STYLES = dict(zip(("dense", "bitmask", "CSR", "2:4"), styles(), strict=False))
 
 
@@ -30,7 +30,10 @@ def method_costs(runs: pd.DataFrame, caption: str) -> Figure:
     }
     for ax, (column, (title, form)) in zip(axes, panels.items(), strict=True):
         for place, row in enumerate(pruned.itertuples()):
-            look = {"color": method_style(str(row.method))["color"], "hatch": HATCHES.get(str(row.method), "..")}
+            look = {
+                "color": method_style(str(row.method))["color"],
+                "hatch": HATCHES.get(str(row.method).partition("+")[0], ".."),
+            }
             error = row.stderr if column == "perplexity" else None
             height = getattr(row, column)
             ax.bar(place, height, width=0.65, yerr=error, capsize=4, edgecolor="white", **look)

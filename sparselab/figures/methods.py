@@ -4,14 +4,14 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, MultipleLocator, NullLocator
 
-from sparselab.figures.style import GREY, captioned, method_style, new_figure, styles
+from sparselab.figures.style import GREY, captioned, method_style, new_figure, standing_apart, styles
 from sparselab.solvers import NM, parse_sparsity
 
 
 def sparsity_perplexity(runs: pd.DataFrame, caption: str) -> Figure:
     """Perplexity against realised sparsity on a log axis, one line a method, with the dense model as a line.
 
-    N:M patterns stand apart from the lines, as open markers with their names. Bars are one standard error over windows.
+    N:M patterns stand apart from the lines, as larger markers with their names. Bars are one standard error.
 
     Args:
         runs: the table of a `Comparison`.
@@ -26,10 +26,9 @@ def sparsity_perplexity(runs: pd.DataFrame, caption: str) -> Figure:
         grouped = points.pattern.map(lambda text: isinstance(parse_sparsity(text), NM))
         line = points[~grouped].sort_values("sparsity")
         ax.errorbar(100 * line.sparsity, line.perplexity, line.stderr, label=method, capsize=3, **style)
-        alone = style | {"linestyle": "none", "markerfacecolor": "white", "markersize": 8}
         for _, point in points[grouped].iterrows():
             at = (100 * point.sparsity, point.perplexity)
-            ax.errorbar(*at, point.stderr, capsize=3, **alone)
+            ax.errorbar(*at, point.stderr, capsize=3, **standing_apart(style))
             ax.annotate(point.pattern, at, (8, 0), textcoords="offset points", va="center", fontsize=8)
     ax.set_yscale("log")
     ax.yaxis.set_major_locator(LogLocator(subs=(1, 1.2, 1.5, 2, 3, 5, 7)))
@@ -39,12 +38,12 @@ def sparsity_perplexity(runs: pd.DataFrame, caption: str) -> Figure:
     ax.margins(x=0.08)
     ax.set_xlabel("realised sparsity of the pruned layers (%)")
     ax.set_ylabel("held-out perplexity (log scale)")
-    ax.legend(frameon=False)
+    ax.legend(frameon=False, handlelength=3)
     return captioned(figure, caption)
 
 
 def layer_errors(layers: pd.DataFrame, pattern: str, caption: str) -> Figure:
-    """Relative layer error by depth: one panel a method, one line a projection, one scale for all.
+    """Relative layer error by depth, mean over seeds: one panel a method, one line a projection, one scale for all.
 
     The scale is logarithmic where there is an error at all; a model that was pruned before has none.
 
@@ -65,8 +64,8 @@ def layer_errors(layers: pd.DataFrame, pattern: str, caption: str) -> Figure:
     for ax, method in zip(axes, methods, strict=True):
         panel = shown[shown.method == method]
         for name, style in zip(panel.layer.unique(), styles(), strict=False):
-            line = panel[panel.layer == name]
-            ax.plot(line.block, line.relative_error, label=name.rpartition(".")[2], **style)
+            line = panel[panel.layer == name].groupby("block").relative_error.mean()
+            ax.plot(line.index, line, label=name.rpartition(".")[2], **style)
         ax.set_title(method)
         ax.set_xlabel("block")
         ax.set_yscale(scale)

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, MultipleLocator, NullLocator
 
-from sparselab.figures.style import GREY, captioned, method_style, new_figure
+from sparselab.figures.style import GREY, captioned, method_style, new_figure, standing_apart
 from sparselab.solvers import NM, parse_sparsity
 from sparselab.sweep import SETTING_COLUMNS, TEXT_COLUMNS
 
@@ -39,7 +39,7 @@ def curves(
 ) -> Figure:
     """Perplexity or layer error against one setting: a line a method, its mean over seeds in a band of their range.
 
-    Against sparsity, N:M patterns stand apart from the lines, as open markers with their names and bars for the range.
+    Against sparsity, N:M patterns stand apart from the lines, as larger markers with names and bars for the range.
     Where a Hessian could not be factored there is an x on the top edge, with how many of the seeds failed.
 
     Args:
@@ -140,7 +140,7 @@ def _draw_panel(ax: Axes, table: pd.DataFrame, x: Setting, dense: float | None) 
     _scale_x(ax, x, sorted(table["at"].unique()))
     ax.set_xlabel(_X_LABELS[x])
     _draw_failures(ax, table[table.failed > 0])
-    ax.legend(facecolor="white", framealpha=0.9, edgecolor="none")
+    ax.legend(facecolor="white", framealpha=0.9, edgecolor="none", handlelength=3)
 
 
 def _scale_note(ax: Axes) -> str:
@@ -155,7 +155,7 @@ def _draw_line(ax: Axes, points: pd.DataFrame, method: str) -> None:
 
 
 def _draw_apart(ax: Axes, points: pd.DataFrame, method: str) -> None:
-    style = method_style(method) | {"linestyle": "none", "markerfacecolor": "white", "markersize": 8}
+    style = standing_apart(method_style(method))
     for _, point in points[points["mean"].notna()].iterrows():
         at, mean = point["at"], point["mean"]
         ax.errorbar(at, mean, [[mean - point["min"]], [point["max"] - mean]], capsize=3, **style)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from io import BytesIO
-from itertools import cycle
+from itertools import cycle, islice
 from typing import Any
 
 import numpy as np
@@ -24,11 +24,29 @@ def styles() -> Iterator[dict[str, Any]]:
         yield {"color": colour, "marker": marker, "linestyle": line, "markersize": 5}
 
 
+# Of METHOD+UPDATE: colour and marker say the method, and which half of the marker is filled says the update. No method
+# has the same line under two updates, so that lines without markers can be told apart as well.
+_METHODS = ("magnitude", "wanda", "sparsegpt", "ria", "admm")
+_HALVES = {"none": "top", "sweep": "left", "cg": "bottom", "exact": "right"}
+_METHOD_LINES: tuple[Any, ...] = (*LINES, (0, (10, 3)))
+
+
 def method_style(method: str) -> dict[str, Any]:
-    """The plot style of a method, the same in every figure; an unknown method gets the fourth."""
-    known = ("magnitude", "wanda", "sparsegpt")
-    index = known.index(method) if method in known else len(known)
-    return next(style for number, style in enumerate(styles()) if number == index)
+    """The plot style of a method, or of one with an update, the same in every figure; an unknown method is black."""
+    base, _, update = method.partition("+")
+    index = _METHODS.index(base) if base in _METHODS else len(COLOURS) - 1
+    turn = 0 if update not in _HALVES else 1 + list(_HALVES).index(update)
+    line = _METHOD_LINES[(index + turn) % len(_METHOD_LINES)]
+    style = next(islice(styles(), index, None)) | {"linestyle": line}
+    if turn:
+        style |= {"fillstyle": _HALVES[update], "markerfacecoloralt": "white", "markersize": 7}
+    return style
+
+
+def standing_apart(style: dict[str, Any]) -> dict[str, Any]:
+    """The same for a larger marker without a line; an open one, but where its filling has something to say."""
+    face = {} if "fillstyle" in style else {"markerfacecolor": "white"}
+    return style | face | {"linestyle": "none", "markersize": 8}
 
 
 def new_figure(width: float, height: float, rows: int, columns: int, **options: Any) -> tuple[Figure, list[Axes]]:

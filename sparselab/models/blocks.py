@@ -100,6 +100,10 @@ class Decoder:
             for name, linear in find_linears(block).items()
         }
 
+    def layers(self) -> list[tuple[int, str]]:
+        """Index of the block, and name in it, of every prunable layer."""
+        return [(index, name) for index, block in enumerate(self.blocks) for name in find_linears(block)]
+
     def check_prunable(self) -> None:
         """Raise UnsupportedModelError where blocks keep matrices outside of linear layers, as stacked experts do."""
         for name, module in self.blocks.named_modules(prefix=self.blocks_name):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import constants, get_session, snapshot_download
+from huggingface_hub import constants, get_session, snapshot_download, try_to_load_from_cache
 from huggingface_hub.utils import logging as hub_logging
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -90,6 +90,7 @@ def stream(
         kind = None if dtype == "auto" else getattr(torch, str(dtype).removeprefix("torch."))
         opened = PartitionedModel if zero else StreamedModel
         streamed = opened(Checkpoint(folder), place, kind, trust_remote_code)
+        streamed.name = str(name)
     if trouble := _misfit(streamed.model, streamed.misfit):
         raise ModelLoadError(f"{name}: {trouble}")
     if isinstance(streamed, PartitionedModel):
@@ -129,6 +130,17 @@ def tiny_folder() -> Path:
     """Where the bundled model lies: inside an installed package, or in `data/` of a checkout."""
     installed = _PACKAGE / "data" / "tiny"
     return installed if installed.exists() else _PACKAGE.parent / "data" / "tiny"
+
+
+def hub_revision(name: str | Path) -> str | None:
+    """The commit of a model that has come from the hub, where its cache keeps it; None for a folder."""
+    try:
+        if name == "tiny" or Path(name).exists():
+            return None
+        cached = try_to_load_from_cache(str(name), "config.json")
+    except (ValueError, OSError):  # no id that the hub could have, and no path
+        return None
+    return Path(cached).parent.name if isinstance(cached, str) else None
 
 
 def _found(name: str | Path, trust_remote_code: bool) -> tuple[str, dict[str, Any]]:

@@ -1,7 +1,7 @@
 """What enters each linear layer of a block, summed as it passes; layers that see one tensor share one sum."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparselab.errors import SparselabError, UnsupportedModelError
+from sparselab.errors import SparselabError, UnsupportedModelError, naming
 from sparselab.models.blocks import Call, Linear, find_linears, weight_shape
 from sparselab.resources import Stopwatch
 from sparselab.solvers import InputStatistics
@@ -21,7 +21,12 @@ class AllInputsSeen(Exception):  # noqa: N818 - it says that all is well
 
 @contextmanager
 def collect_statistics(
-    block: nn.Module, block_name: str, with_hessian: bool, inputs_only: bool = False, watch: Stopwatch | None = None
+    block: nn.Module,
+    block_name: str,
+    with_hessian: bool,
+    inputs_only: bool = False,
+    watch: Stopwatch | None = None,
+    only: Collection[str] | None = None,
 ) -> Iterator[dict[str, InputStatistics]]:
     """Sum up the inputs of a block's linear layers during the forward passes made inside.
 
@@ -36,16 +41,17 @@ def collect_statistics(
             often as in the first, before the last call multiplies; not where hooks of `accelerate` move weights, which
             have to run to their end.
         watch: counts the summing as stage "statistics".
+        only: names of the layers in question; None is all.
 
     Yields:
-        Statistics by layer name, filled while the block runs.
+        Statistics by layer name, filled while the block runs, in the order in which the layers are called.
 
     Raises:
         NonFiniteError: an input is NaN or infinite; names the layer.
         UnsupportedModelError: a layer was not called.
         SparselabError: a layer shares its input with others in some passes only.
     """
-    linears = find_linears(block)
+    linears = {name: linear for name, linear in find_linears(block).items() if only is None or name in only}
     moved = any(hasattr(module, "_hf_hook") for module in block.modules())
     collector = _Collector(block_name, with_hessian, watch or Stopwatch(torch.device("cpu")))
     collector.may_stop = inputs_only and not moved
@@ -104,10 +110,8 @@ class _Collector:
         if name not in self.statistics:
             d_in = weight_shape(linear)[1]
             self.statistics[name] = InputStatistics(d_in, self._with_hessian, device=inputs.device)
-        try:
+        with naming(f"{self._block_name}.{name}"):
             self.statistics[name].update(inputs)
-        except SparselabError as error:
-            raise type(error)(f"{self._block_name}.{name}: {error}") from error
 
 
 def shared_tensors(calls: list[Call], earlier: list[Call]) -> list[Call]:

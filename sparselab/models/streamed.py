@@ -42,6 +42,7 @@ class StreamedModel:
         misfit: names of the model that the files lack, names in the files that the model has no place for, and (name,
             shape in the files, shape in the model) of those that do not fit. All empty for a model that can be used.
         absent: every weight by its first name, on the meta device.
+        name: what the user calls the model; empty if nobody has said.
         whole, collective: see `Residence`.
     """
 
@@ -54,7 +55,7 @@ class StreamedModel:
         dtype: torch.dtype | None = None,
         trust_remote_code: bool = False,
     ) -> None:
-        self.checkpoint, self.device = checkpoint, device
+        self.checkpoint, self.device, self.name = checkpoint, device, ""
         config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=trust_remote_code)
         dtype = dtype or config.dtype or checkpoint.dtype
         with init_empty_weights(include_buffers=False):

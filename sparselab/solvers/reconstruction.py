@@ -1,5 +1,6 @@
 """The best weights for a given mask, exactly or nearly: how well they could do, whatever the method that chose them."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -7,7 +8,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sparselab.errors import SingularHessianError
-from sparselab.solvers.checks import check_hessian, check_keep, check_weight, check_whole, fitted
+from sparselab.solvers.checks import as_number, check_hessian, check_keep, check_weight, check_whole, fitted
 from sparselab.solvers.hessian import damped, full_precision, working_dtype
 
 # Memory of the stacked systems of some rows, in float64 elements: 256 MiB.
@@ -81,6 +82,7 @@ def refine(
     keep: Bool[Tensor, "d_out d_in"],
     start: Float[Tensor, "d_out d_in"] | None = None,
     steps: int = 20,
+    tolerance: float = 0.0,
 ) -> Refined:
     """Move kept weights towards the optimum of `reconstruct`: conjugate gradients on H_kk ŵ_k = (H w)_k, row by row.
 
@@ -92,13 +94,14 @@ def refine(
         hessian: XᵀX over the calibration tokens; `damped(hessian, percdamp)` gives the optimum of the damped problem.
         keep: True where a weight survives.
         start: a pruned weight to begin with, such as SparseGPT's; None begins with the dense weight under the mask.
-        steps: of the iteration; 0 changes nothing.
+        steps: of the iteration, at most; 0 changes nothing.
+        tolerance: stop once the residual is at or below it; 0 takes all steps, and on a GPU waits for none of them.
 
     Returns:
         A new weight of the weight's dtype, and its residual before it was rounded to that.
 
     Raises:
-        ValueError, TypeError: shapes or kinds do not match, or steps is negative.
+        ValueError, TypeError: shapes or kinds do not match, or steps or tolerance is negative.
         NonFiniteError: the weight or the Hessian has NaN or infinite entries, or the result does not fit the dtype.
     Source: Meng et al. 2024 (ALPS), the refinement of a given mask; preconditioned as in any textbook.
     """
@@ -106,14 +109,16 @@ def refine(
     check_hessian(hessian, weight)
     check_keep(weight, keep)
     check_whole("steps", steps, 0)
+    if not 0 <= as_number("tolerance", tolerance) < math.inf:  # NaN fails too
+        raise ValueError(f"tolerance: expected a finite number ≥ 0, received {tolerance!r:.40}")
     dtype = working_dtype(weight, hessian)
     W, H = weight.to(dtype), damped(hessian.to(dtype), 0.0)  # only dead inputs are touched
     X = (weight if start is None else start).to(dtype) * keep
     with full_precision():
         gradient = (W @ H) * keep
         R = gradient - (X @ H) * keep
-        X, R = _conjugate_gradients(H, X, R, keep, steps)
-    whole = float(gradient.norm())
+        whole = float(gradient.norm())
+        X, R = _conjugate_gradients(H, X, R, keep, steps, tolerance * whole)
     return Refined(fitted(X, weight.dtype), float(R.norm()) / whole if whole else 0.0)
 
 
@@ -123,12 +128,15 @@ def _conjugate_gradients(
     R: Float[Tensor, "rows d"],
     keep: Bool[Tensor, "rows d"],
     steps: int,
+    enough: float,
 ) -> tuple[Float[Tensor, "rows d"], Float[Tensor, "rows d"]]:
     inverse = 1 / H.diagonal()
     P = R * inverse
     rho = (R * P).sum(dim=1, keepdim=True)
     least = rho * torch.finfo(H.dtype).eps ** 2  # where rounding is all that is left, a row stays as it is
     for _ in range(steps):
+        if enough and float(R.norm()) <= enough:
+            break
         Q = (P @ H) * keep
         curvature = (P * Q).sum(dim=1, keepdim=True)
         going = (rho > least) & (curvature > 0)

@@ -7,7 +7,7 @@ from ipywidgets import BoundedIntText, Button, FloatProgress, SelectMultiple
 from sparselab.comparison import caption
 from sparselab.experiment import RunConfig, Workbench
 from sparselab.figures.seeds import curves, over_seeds
-from sparselab.methods import METHODS
+from sparselab.methods import METHODS, PUBLISHED, find
 from sparselab.widgets.job import Job
 from sparselab.widgets.panel import Panel, View, row
 
@@ -23,7 +23,7 @@ class State:
         seeds: how many calibration draws, from seed 0 on; magnitude has no use for more than one.
     """
 
-    methods: tuple[str, ...] = tuple(METHODS)
+    methods: tuple[str, ...] = PUBLISHED
     patterns: tuple[str, ...] = PATTERNS
     seeds: int = 1
 
@@ -34,7 +34,7 @@ class State:
             for seed in range(self.seeds)
             for pattern in self.patterns
             for method in self.methods
-            if seed == 0 or METHODS[method].needs != "nothing"
+            if seed == 0 or find(method).needs != "nothing"
         ]
 
 
@@ -76,7 +76,9 @@ class CurveLab(Panel):
         start = start or State()
         self.bench, self.like = bench, like
         self.job: Job | None = None
-        self.methods = SelectMultiple(options=list(METHODS), value=start.methods, description="methods", rows=3)
+        self.methods = SelectMultiple(
+            options=list(METHODS), value=start.methods, description="methods", rows=len(METHODS)
+        )
         self.patterns = SelectMultiple(options=PATTERNS, value=start.patterns, description="sparsities", rows=6)
         self.seeds = BoundedIntText(value=start.seeds, min=1, max=20, description="seeds")
         self.run_button = Button(description="Run", icon="play", button_style="primary")

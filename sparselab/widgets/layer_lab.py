@@ -8,7 +8,7 @@ from ipywidgets import Dropdown, FloatLogSlider, FloatSlider, SelectionSlider, T
 from sparselab.analysis import Answer, LayerStudy, Question, effective_boundary, mask_agreement
 from sparselab.comparison import caption
 from sparselab.figures.layer import LayerPicture, layer_lab
-from sparselab.methods import METHODS
+from sparselab.methods import METHODS, PUBLISHED
 from sparselab.solvers import realised_sparsity
 from sparselab.widgets.panel import Panel, View, row
 
@@ -49,7 +49,9 @@ def view(study: LayerStudy, state: State) -> View:
         (name for name in study.layers if name.endswith(f".{state.block}.{state.projection}")), state.projection
     )
     question = Question(layer, state.method, state.sparsity, state.percdamp, state.nsamples)
-    answers = {method: study.ask(replace(question, method=method)) for method in METHODS}
+    answers = {
+        method: study.ask(replace(question, method=method)) for method in dict.fromkeys([*PUBLISHED, question.method])
+    }
     numbers = _numbers(answers)
     shown = answers[state.method]
     summary = (

@@ -114,6 +114,22 @@ def test_residuals_say_how_far_it_is():
     assert refine(W, H, torch.zeros_like(keep)).residual == 0
 
 
+@pytest.mark.parametrize("tolerance", [1e-2, 1e-4])
+def test_it_stops_at_the_first_step_that_comes_below_the_tolerance(tolerance):
+    W, _, H = layer(8, 32)
+    H, keep = damped(H, 0.01), magnitude(W, 0.5) != 0
+    residuals = [refine(W, H, keep, steps=steps).residual for steps in range(40)]
+    first = next(step for step, residual in enumerate(residuals) if residual <= tolerance)
+    assert first > 1
+    stopped = refine(W, H, keep, steps=40, tolerance=tolerance)
+    assert stopped.residual == residuals[first]
+    assert torch.equal(stopped.weight, refine(W, H, keep, steps=first).weight)
+    assert refine(W, H, keep, steps=first - 1, tolerance=tolerance).residual == residuals[first - 1], (
+        "steps are the limit"
+    )
+    assert torch.equal(refine(W, H, keep, stopped.weight, 40, tolerance * 1.01).weight, stopped.weight), "good enough"
+
+
 @pytest.mark.usefixtures("untyped")
 def test_refine_leaves_its_arguments_and_refuses_what_makes_no_sense():
     W, _, H = layer(3, 8)
@@ -122,5 +138,10 @@ def test_refine_leaves_its_arguments_and_refuses_what_makes_no_sense():
     assert (torch.equal(W, given[0]), torch.equal(H, given[1])) == (True, True)
     with pytest.raises(ValueError, match="steps: expected at least 0, received -1"):
         refine(W, H, keep, steps=-1)
+    for tolerance in (-1e-3, math.nan, math.inf):
+        with pytest.raises(ValueError, match=f"tolerance: expected a finite number ≥ 0, received {tolerance}"):
+            refine(W, H, keep, tolerance=tolerance)
+    with pytest.raises(TypeError, match="tolerance: expected a number, received str"):
+        refine(W, H, keep, tolerance="low")
     with pytest.raises(TypeError, match=r"keep: expected a mask of torch\.bool"):
         refine(W, H, keep.float())
