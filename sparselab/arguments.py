@@ -96,6 +96,9 @@ def _add_prune(commands: Any, runs: Runs) -> None:
         default=0,
         help="times percdamp may be raised for a singular Hessian (default: 0)",
     )
+    parser.add_argument(
+        "--measure-gap", action="store_true", help="also report how far each layer is from the best under its mask"
+    )
     _add_kernel(parser)
     parser.add_argument(
         "--propagate", choices=("pruned", "dense"), default="pruned", help="what each block is calibrated on"

@@ -147,6 +147,7 @@ def _prune(options: argparse.Namespace) -> None:
                 wbits=options.wbits,
                 true_sequential=options.true_sequential,
                 retries=options.retries,
+                measure_gap=options.measure_gap,
             ),
             batch_size=options.batch_size,
             spill=options.spill,

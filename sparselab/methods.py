@@ -40,6 +40,8 @@ class Settings:
         wbits: also round the weights that stay to so many bits, in SparseGPT's sweep; None leaves them as they are.
         true_sequential: within a block too, calibrate each layer on what the pruned layers before it send on; a pass
             of the block for each group of layers that see the same inputs.
+        measure_gap: report too how far each layer's weights are from the best under their mask; see
+            `solvers.optimality_gap`. It can take longer than the run.
         retries: times that percdamp may be raised tenfold where a Hessian is not positive definite. Each is a warning
             and is counted in the report.
     """
@@ -54,6 +56,7 @@ class Settings:
     wbits: int | None = None
     true_sequential: bool = False
     retries: int = 0
+    measure_gap: bool = False
 
     def __post_init__(self) -> None:
         method = find(self.method)
@@ -61,6 +64,8 @@ class Settings:
             raise ValueError(f"propagate: expected 'pruned' or 'dense', received {self.propagate!r}")
         if self.true_sequential and self.propagate == "dense":
             raise ValueError("true_sequential: expected propagate 'pruned', as dense inputs are the same in any order")
+        if self.measure_gap and not self.measure_error:
+            raise ValueError("measure_gap: expected measure_error too, which needs the same statistics")
         if self.kernel not in get_args(solvers.Kernel):
             raise ValueError(f"kernel: expected one of {', '.join(get_args(solvers.Kernel))}, received {self.kernel!r}")
         solvers.check_percdamp(self.percdamp)

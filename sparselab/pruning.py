@@ -35,10 +35,10 @@ class Report:
 
     Args:
         layers: one row a layer: block, layer, d_out, d_in, sparsity (realised), relative_error (of the layer's outputs
-            on its calibration inputs, against the dense weight), tokens, percdamp (the damping used, a fraction of the
-            mean diagonal; NaN where none was needed), retries (how often it was raised for that), seconds (of the
-            solve; layers that see the same inputs are solved together, and share the time by their size). Layers that
-            were left as they are have no row.
+            on its calibration inputs, against the dense weight), optimality_gap (of `Settings.measure_gap`; NaN
+            without), tokens, percdamp (the damping used, a fraction of the mean diagonal; NaN where none was needed),
+            retries (how often it was raised for that), seconds (of the solve; layers that see the same inputs are
+            solved together, and share the time by their size). Layers that were left as they are have no row.
         settings: what was asked for.
         seconds: wall time of the whole walk.
         stages: seconds of it by what they went into: forward passes, statistics, factorise, sweep (the solve, of
@@ -95,6 +95,7 @@ def prune(
     wbits: int | None = None,
     true_sequential: bool = False,
     retries: int = 0,
+    measure_gap: bool = False,
     batch_size: int | None = None,
     progress: Progress = True,
     use_zero: bool = False,
@@ -115,7 +116,8 @@ def prune(
             "wanda+cg".
         sparsity: 0.5, "50%", "2:4" or a pattern; or rules for some layers, the others staying as they are:
             "0=dense,1-5:mlp.*=70%,*=50%"; see `allocation.parse_allocation`.
-        percdamp, blocksize, propagate, measure_error, kernel, wbits, true_sequential, retries: see `Settings`.
+        percdamp, blocksize, propagate, measure_error, kernel, wbits, true_sequential, retries, measure_gap: see
+            `Settings`.
         batch_size: windows in one forward pass; None chooses by the device. Memory, not results, depends on it.
         progress: a bar over layers; see `sparselab.progress`.
         use_zero: the model is partitioned by ZeRO-3, and all its processes make this call with the same arguments. One
@@ -146,6 +148,7 @@ def prune(
         wbits,
         true_sequential,
         retries,
+        measure_gap and calib is not None,
     )
     check_calib(method, calib)
     decoder = Decoder(model)

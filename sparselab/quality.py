@@ -10,19 +10,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sparselab.calibration import Stream, advance_streams, enter, observe
-from sparselab.errors import SparselabError
+from sparselab.errors import naming
 from sparselab.models.blocks import Decoder, evaluating, find_linears, read_weight, weight_shape
 from sparselab.models.inputs import check_tokens
 from sparselab.models.streamed import StreamedModel
 from sparselab.progress import Progress, tracked
-from sparselab.solvers import InputStatistics, layer_error, refine, relative_error
-from sparselab.solvers.hessian import working_dtype
+from sparselab.solvers import InputStatistics, optimality_gap, relative_error
 
 Weights = dict[str, Float[Tensor, "d_out d_in"]]
-
-# How far conjugate gradients go for the least error. On the bundled model, whose first block is as badly conditioned
-# as they come, this finds every layer's within 1%; all but a few layers are there after 10 to 40 steps.
-_TOLERANCE, _STEPS = 2e-5, 300
 
 
 def copy_weights(model: PreTrainedModel | StreamedModel) -> Weights:
@@ -103,10 +98,8 @@ def _block(
         seen = [observe(decoder, index, each, True, goes_on) for each in streams]
         for name, linear in find_linears(block).items():
             dense = dense_weights[prefix + name].to(linear.weight.device)
-            try:
+            with naming(prefix + name):
                 measured = _measured(dense, read_weight(linear), [each[name] for each in seen])
-            except SparselabError as error:
-                raise type(error)(f"{prefix}{name}: {error}") from error
             yield {"block": index, "layer": name} | measured
         for each in streams if goes_on else ():
             advance_streams(decoder, index, each, foreseen=True)
@@ -119,12 +112,7 @@ def _measured(
     row = dict.fromkeys(("calibration_error", "heldout_error", "optimality_gap", "residual"), math.nan)
     for column, statistics in zip(row, seen, strict=False):
         row[column] = relative_error(dense, pruned, statistics.hessian)
-    if bool((dense != pruned).any()):
-        hessian, whole = seen[0].hessian, dense.to(working_dtype(dense))  # the best is not rounded to half precision
-        best = refine(whole, hessian, pruned != 0, pruned, _STEPS, _TOLERANCE)
-        error, least = layer_error(dense, pruned, hessian), layer_error(dense, best.weight, hessian)
-        row["optimality_gap"] = error / least if least else math.inf if error else math.nan
-        row["residual"] = best.residual
+    row["optimality_gap"], row["residual"] = optimality_gap(dense, pruned, seen[0].hessian)
     return row
 
 

@@ -20,7 +20,7 @@ from sparselab.resources import Stopwatch
 from sparselab.solvers import InputStatistics, Pattern
 
 Row = dict[str, Any]  # of a report: what became of one layer
-_MEASURED = ("sparsity", "relative_error", "tokens", "percdamp", "retries", "seconds")
+_MEASURED = ("sparsity", "relative_error", "optimality_gap", "tokens", "percdamp", "retries", "seconds")
 _LEAST_RETRIED = 1e-4  # percdamp that is tried after 0
 
 
@@ -147,7 +147,7 @@ class Walk:
         for (name, weight), pruned in zip(weights.items(), results, strict=True):
             d_out, d_in = weight.shape
             with self.watch.stage("error"), naming(self.decoder.block_prefix(index) + name):
-                error = self._relative_error(weight, pruned, seen)
+                error, gap = self._errors(weight, pruned, seen)
             write_weight(linears[name], pruned)
             yield {
                 "block": index,
@@ -156,6 +156,7 @@ class Walk:
                 "d_in": d_in,
                 "sparsity": solvers.realised_sparsity(pruned),
                 "relative_error": error,
+                "optimality_gap": gap,
                 "tokens": seen.tokens,
                 "percdamp": percdamp,
                 "retries": retries,
@@ -185,9 +186,12 @@ class Walk:
                 retries, to = retries + 1, replace(to, percdamp=10 * to.percdamp or _LEAST_RETRIED)
                 warnings.warn(f"{message}; trying again with percdamp {to.percdamp:g}", stacklevel=2)
 
-    def _relative_error(self, weight: Tensor, pruned: Tensor, seen: InputStatistics) -> float:
-        known = seen.tokens and collects(self.settings) == "hessian"
-        return solvers.relative_error(weight, pruned, seen.hessian) if known else float("nan")
+    def _errors(self, weight: Tensor, pruned: Tensor, seen: InputStatistics) -> tuple[float, float]:
+        """Relative error and optimality gap, NaN where they are not known or not asked for."""
+        if not seen.tokens or collects(self.settings) != "hessian":
+            return float("nan"), float("nan")
+        gap = solvers.optimality_gap(weight, pruned, seen.hessian).gap if self.settings.measure_gap else float("nan")
+        return solvers.relative_error(weight, pruned, seen.hessian), gap
 
     def _exchange(self, linear: Linear, row: Row | None, owner: int) -> Row:
         """Everyone gets the owner's weight and what it measured."""

@@ -5,7 +5,7 @@ import torch
 from conftest import tiny_llama
 from layers import layer
 
-from sparselab import methods, prune, solvers
+from sparselab import collect, methods, prune, solvers
 from sparselab.errors import SingularHessianError
 from sparselab.methods import METHODS, UPDATES, Settings, find
 from sparselab.models.blocks import Decoder, read_weight
@@ -170,3 +170,19 @@ def test_the_report_says_what_damping_was_used(llama, tokens):
     assert (report.layers.retries == 0).all()
     without = prune(tiny_llama(), tokens, "wanda", **QUIET)
     assert all(math.isnan(value) for value in without.layers.percdamp)
+
+
+def test_the_gap_is_to_the_best_weights_under_the_mask(llama, tokens):
+    dense = tiny_llama()
+    seen = collect(dense, tokens, progress=False)
+    report = prune(llama, seen, "sparsegpt", "50%", measure_gap=True, **QUIET)
+    for row, (name, linear) in zip(report.layers.itertuples(), Decoder(llama).linears().items(), strict=True):
+        weight, pruned, H = read_weight(dense.get_submodule(name)), read_weight(linear), seen[name].hessian.double()
+        best = solvers.reconstruct(weight.double(), H, pruned != 0)
+        expected = layer_error(weight.double(), pruned.double(), H) / layer_error(weight.double(), best, H)
+        assert row.optimality_gap == pytest.approx(expected, rel=0.01)
+    exact = prune(tiny_llama(), seen, "sparsegpt+exact", "50%", percdamp=1e-6, measure_gap=True, **QUIET)
+    assert exact.layers.optimality_gap.max() < 1.01
+    assert prune(tiny_llama(), seen, **QUIET).layers.optimality_gap.isna().all()
+    with pytest.raises(ValueError, match="measure_gap: expected measure_error too"):
+        prune(tiny_llama(), seen, measure_gap=True, measure_error=False, **QUIET)

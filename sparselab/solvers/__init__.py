@@ -15,7 +15,7 @@ from sparselab.solvers.hessian import (
 from sparselab.solvers.kernels import Kernel, block_sweeper
 from sparselab.solvers.magnitude import magnitude
 from sparselab.solvers.quantisation import Grid, check_wbits, row_grids
-from sparselab.solvers.reconstruction import Refined, reconstruct, refine
+from sparselab.solvers.reconstruction import Gap, Refined, optimality_gap, reconstruct, refine
 from sparselab.solvers.ria import ria
 from sparselab.solvers.sparsegpt import least_flop, sparsegpt, sweep, sweep_together
 from sparselab.solvers.sparsity import (
@@ -34,6 +34,7 @@ __all__ = [
     "AdmmSystem",
     "NM",
     "Factor",
+    "Gap",
     "Grid",
     "InputStatistics",
     "Kernel",
@@ -58,6 +59,7 @@ __all__ = [
     "layer_error",
     "least_flop",
     "magnitude",
+    "optimality_gap",
     "parse_sparsity",
     "pattern_from_counts",
     "realised_sparsity",
