@@ -71,6 +71,7 @@ def _add_prune(commands: Any, runs: Runs) -> None:
         commands, "prune", runs, "prune a model and save it",
         "sparselab prune tiny --out tiny-24 --method sparsegpt --sparsity 2:4",
     )  # fmt: skip
+    parser.usage = "sparselab prune model --out OUT [options]"  # with all of them the help would not fit on a screen
     _add_model(parser)
     _add_output(parser, "folder for the pruned model")
     parser.add_argument("--resume", action="store_true", help="go on where an interrupted run stopped, if one was")
@@ -224,7 +225,11 @@ def _add_solver(parser: argparse.ArgumentParser) -> None:
         "--percdamp", type=_at_least(0, float), default=0.01, help="damping, of the mean diagonal (default: 0.01)"
     )
     parser.add_argument(
-        "--blocksize", type=_at_least(1), default=128, help="columns that compete in SparseGPT (default: 128)"
+        "--blocksize",
+        type=_at_least(1),
+        default=128,
+        metavar="N",
+        help="columns that compete in SparseGPT (default: 128)",
     )
 
 
@@ -256,7 +261,9 @@ def _add_spill(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_batch_size(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--batch-size", type=_at_least(1), help="windows at a time (default: by the device)")
+    parser.add_argument(
+        "--batch-size", type=_at_least(1), metavar="N", help="windows at a time (default: by the device)"
+    )
 
 
 def _add_machine(parser: argparse.ArgumentParser) -> None:

@@ -18,6 +18,8 @@ _OF_ONE_RUN = ("out", "overwrite", "resume", "measure_error", "trust_remote_code
 _IDENTITY = ("method", "pattern", "seed", "block", "layer")
 # Of inputs: names, and what follows from the tokens. Hashes say whether the same goes in.
 _TOLD_ONLY = ("name", "revision", "dataset", "bos", "bos_id", "windows_that_begin_with_bos", "bos_in_all_windows")
+# Known to 1%, and as a share of itself it says nothing where it is small.
+_NOT_COMPARED = ("optimality_gap",)
 _SHOWN = 10  # deviations
 _HASH = re.compile("[0-9a-f]{40,}")
 _ROWS = ", rows"
@@ -258,7 +260,7 @@ def _numbers(results: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _is_number(column: str) -> bool:
-    return column not in _IDENTITY and not is_cost(column)
+    return column not in (*_IDENTITY, *_NOT_COMPARED) and not is_cost(column)
 
 
 def _label(row: Mapping[str, Any]) -> str:

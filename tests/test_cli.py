@@ -135,7 +135,7 @@ def test_train_and_resume(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["prune", "FOLDER", "--out", "OUT", "--method", "obs"], "expected one of magnitude, wanda, sparsegpt"),
+        (["prune", "FOLDER", "--out", "OUT", "--method", "obs"], "expected one of magnitude, wanda, ria, sparsegpt"),
         (["prune", "FOLDER", "--out", "OUT", "--sparsity", "1.5"], "expected a fraction from 0 to 1, received 1.5"),
         (["prune", "FOLDER", "--out", "OUT", "--sparsity", "4:2"], "4:2"),
         (["prune", "FOLDER", "--out", "OUT", "--sparsity=nan"], "expected a fraction"),

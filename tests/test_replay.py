@@ -394,10 +394,10 @@ def test_what_was_not_measured_then_is_not_compared():
     assert verdict({"layers": [rows[0] | {"relative_error": 0.5}]}, {"layers": rows}).beyond[0].now is None
 
 
-def test_costs_are_not_compared():
+def test_costs_and_what_is_known_but_roughly_are_not_compared():
     row = {"method": "wanda", "perplexity": 2.0}
-    costs = {"seconds": 1.0, "peak_memory_mb": 3.0}
-    assert verdict({"runs": [row | costs]}, {"runs": [row | {"seconds": 9.0}]}).exact
+    costs = {"seconds": 1.0, "peak_memory_mb": 3.0, "optimality_gap": 1e-9}
+    assert verdict({"runs": [row | costs]}, {"runs": [row | {"seconds": 9.0, "optimality_gap": 2e-9}]}).exact
 
 
 def test_a_long_table_is_cut():
