@@ -339,8 +339,8 @@ WRONG = {
     "sparsty 0.6": "sparsty: expected a parameter of this notebook, received another name; did you mean sparsity?",
     "nsamples many": "nsamples: expected a whole number, received 'many'",
     "method wandaa": (
-        "method: expected one of magnitude, wanda, ria, sparsegpt, admm, or one with an update (+none, +sweep, +cg, +exact), "
-        "received 'wandaa'; did you mean wanda?"
+        "method: expected one of magnitude, wanda, ria, sparsegpt, admm, or one with an update "
+        "(+none, +sweep, +cg, +exact), received 'wandaa'; did you mean wanda?"
     ),
     "percdamp -1": "percdamp: expected a finite number ≥ 0, received -1.0",
     "seqlen 0": "seqlen: expected at least 2, received 0",
