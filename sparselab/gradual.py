@@ -49,6 +49,10 @@ def prune_gradually(
     would have. SparseGPT chooses anew in every step: a zero that compensation has filled before its block of columns
     (in N:M, its group) comes to be chosen competes like any weight, and a few come back in the place of others.
 
+    On `tiny` at 70%, held-out perplexity after 1, 2, 4 and 8 steps of the cubic schedule is 16.29, 15.13, 14.85, 14.75
+    with SparseGPT (at 80%: 35.94, 26.57, 24.97, 24.14), and stays at 26.6 to 26.7 with Wanda. Pruning the dense weights
+    anew in each step, with the pruned model's statistics, gave less: 15.85 and 15.89 after 2 and 4.
+
     Args:
         model: see `prune`.
         calib: windows, see `prune`; the same ones serve all steps. None will do for magnitude.

@@ -66,8 +66,13 @@ def recover(
     is interrupted leaves a masked model, as far as it has come. Besides the model it takes four copies of what is
     trained (gradients, two moments, the weights as they were), and the activations of a batch.
 
+    On `tiny` after SparseGPT at 70%, the defaults took held-out perplexity from 16.29 to 13.06 on windows of the text
+    that it was trained on. Peaks from 1e-4 to 3e-3 were tried in half the steps with half the windows: 1e-3 and 2e-3
+    were the best. Larger models are usually trained with smaller ones.
+
     Args:
-        model: a pruned `transformers` causal language model in float32, all of it in memory.
+        model: a pruned `transformers` causal language model in float32, all of it in memory. Of weights that were
+            rounded while they were pruned (`wbits`) the zeros stay, not the grid.
         tokens: windows [n, seqlen] to train on, in any form that `prune` takes; not those that it is measured on.
         steps: of the optimizer.
         learning_rate: the peak, reached after `warmup` steps; then half a cosine down to zero.

@@ -12,8 +12,19 @@ _SOLVERS = (f"solvers.{path.stem}" for path in Path(__file__).parent.parent.glob
 _CHECKED = (
     *(*_SOLVERS, "models", "corpora", "calibration", "evaluation", "resources", "methods", "progress", "pruning"),
     *("pruners", "experiment", "comparison", "analysis", "cost", "storage", "sweep", "training", "figures", "widgets"),
-    *("bench", "walk", "ranks", "streaming", "preflight", "uncertainty", "quality", "allocation", "outliers"),
-    *("manifest", "replay"),
+    *(
+        "bench",
+        "walk",
+        "ranks",
+        "streaming",
+        "preflight",
+        "uncertainty",
+        "quality",
+        "allocation",
+        "outliers",
+        "recovery",
+    ),
+    *("manifest", "replay", "gradual", "inheritance"),
 )
 install_import_hook([f"sparselab.{name}" for name in _CHECKED], "runtime_types.check")
 

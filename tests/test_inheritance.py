@@ -137,6 +137,7 @@ def test_nothing_changes_and_progress_is_told(llama, tokens):
         assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 
+@pytest.mark.usefixtures("untyped")
 def test_models_that_do_not_compare(llama, tokens, tmp_path):
     with pytest.raises(ValueError, match="expected a LlamaForCausalLM as the dense model is, received a OPTForCausal"):
         block_errors(llama, tiny_opt(), tokens, **QUIET)

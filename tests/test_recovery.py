@@ -293,6 +293,7 @@ def test_half_precision_of_what_is_not_trained_is_no_matter(llama, tokens):
         recover(llama, tokens, steps=1, train="all", **QUIET)
 
 
+@pytest.mark.usefixtures("untyped")
 def test_a_streamed_model_is_refused(llama, tokens, tmp_path):
     from sparselab.models.checkpoint import Checkpoint
 
