@@ -238,7 +238,7 @@ def _add_kernel(parser: argparse.ArgumentParser) -> None:
         "--kernel",
         choices=("auto", "numba", "torch", "triton"),
         default="auto",
-        help="of SparseGPT's sweep (default: numba on the CPU, torch elsewhere)",
+        help="of SparseGPT's sweep (default: numba on the CPU, Triton on a GPU if it runs)",
     )
 
 
