@@ -171,7 +171,7 @@ def _prune(options: argparse.Namespace) -> None:
 def _eval(options: argparse.Namespace) -> None:
     from tempfile import TemporaryDirectory
 
-    from sparselab import corpora, files, manifest
+    from sparselab import corpora, files, manifest, sources
     from sparselab.evaluation import bits_per_byte, perplexity
     from sparselab.models import stream
 
@@ -189,7 +189,7 @@ def _eval(options: argparse.Namespace) -> None:
             manifest.finish(folder, made, numbers | {"nll of window": result.nll.tolist()})
     _say(
         f"{options.model}: perplexity {result}, {bits:.3f} bits per byte "
-        f"({len(tokens)} windows of {options.seqlen} tokens of {corpora.describe(options.dataset)})"
+        f"({len(tokens)} windows of {options.seqlen} tokens of {sources.describe(options.dataset)})"
         + (f"; written to {options.out}" if options.out else "")
     )
 

@@ -12,7 +12,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sparselab import corpora, files, manifest
+from sparselab import files, manifest, sources
 from sparselab.errors import SingularHessianError
 from sparselab.evaluation import perplexity
 from sparselab.experiment import RunConfig, TextConfig, Workbench
@@ -266,8 +266,8 @@ def as_text(runs: pd.DataFrame) -> pd.DataFrame:
 def caption(model: str, text: TextConfig, nsamples: int | str, seeds: tuple[int, ...]) -> str:
     """What every figure and table has to state: model, tokens and seeds."""
     which = f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {', '.join(map(str, seeds))}"
-    calibrated = f"{nsamples} × {text.seqlen} tokens of {corpora.describe(text.dataset)} ({which})"
-    evaluated = f"{text.eval_nsamples} × {text.seqlen} tokens of {corpora.describe(text.eval_dataset)}"
+    calibrated = f"{nsamples} × {text.seqlen} tokens of {sources.describe(text.dataset)} ({which})"
+    evaluated = f"{text.eval_nsamples} × {text.seqlen} tokens of {sources.describe(text.eval_dataset)}"
     return f"{model}; calibrated on {calibrated}, evaluated on {evaluated}"
 
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparselab.calibration import advance_streams, enter
-from sparselab.errors import NonFiniteError
+from sparselab.errors import NonFiniteError, UnsupportedModelError
 from sparselab.models.blocks import Decoder, evaluating
 from sparselab.models.inputs import as_windows, batches, check_tokens
 from sparselab.models.streamed import StreamedModel
@@ -20,6 +21,7 @@ from sparselab.progress import Progress, tracked
 
 # Logits held at a time, in elements: 128 MiB in float32, whatever the size of the vocabulary.
 _LOGITS_AT_ONCE = 2**25
+_PIECE, _SAME_LOSS = 256, 1e-3  # tokens whose logits are held in float32; relative
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,35 @@ def perplexity(
             if (bad := ~losses[-1].isfinite()).any():
                 raise NonFiniteError(f"perplexity: the loss is not finite; {_first_bad_block(decoder, windows[bad])}")
     return Perplexity(torch.cat(losses), tokens.shape[1])
+
+
+def check_replay(decoder: Decoder, window: Int[Tensor, "1 seqlen"]) -> None:
+    """Look whether replaying a model's blocks one by one gives what the model's own forward gives.
+
+    A version of transformers that calls its blocks otherwise than this package replays them would spoil everything
+    that follows: statistics, layer errors and perplexities.
+
+    Args:
+        decoder: the model, dense; each block is fetched twice.
+        window: of tokens.
+
+    Raises:
+        UnsupportedModelError: the two losses differ by more than a thousandth.
+    """
+    if window.shape[1] < 2:
+        return
+    with evaluating(decoder.model):
+        replayed = float(_losses(decoder, window, 1, None, lambda _: None))
+        logits = decoder.forward(window)[0, :-1]
+        pieces = zip(logits.split(_PIECE), window[0, 1:].to(logits.device).split(_PIECE), strict=True)
+        own = float(torch.cat([F.cross_entropy(each.float(), ids, reduction="none") for each, ids in pieces]).mean())
+    if math.isfinite(own) and not abs(own - replayed) <= _SAME_LOSS * max(own, 1):
+        raise UnsupportedModelError(
+            f"{type(decoder.model).__name__}: expected the same loss of one window by the model's own forward and by "
+            f"replaying its blocks, received {own:.4f} and {replayed:.4f} nats a token (perplexities "
+            f"{math.exp(own):.2f} and {math.exp(replayed):.2f}); this version of transformers "
+            f"({version('transformers')}) may call its blocks in a new way: use one that is tested, see constraints.txt"
+        )
 
 
 def bits_per_byte(ppl: Perplexity, tokens: Int[Tensor, "windows seqlen"], tokenizer: PreTrainedTokenizerBase) -> float:

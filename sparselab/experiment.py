@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sparselab import __version__, corpora, files
+from sparselab import __version__, corpora, files, sources
 from sparselab.allocation import parse_allocation
 from sparselab.calibration import Collected, collect, collect_nested
 from sparselab.errors import SingularHessianError
@@ -39,14 +39,14 @@ class TextConfig:
     """Which text a model is calibrated and measured on.
 
     Args:
-        dataset: calibration text, see `corpora.documents`.
+        dataset: calibration text, see `sources.source`.
         eval_dataset: evaluation text; "stdlib" is read on its held-out side.
         seqlen: tokens a window, for both.
         eval_nsamples: evaluation windows.
     """
 
-    dataset: corpora.Dataset = "stdlib"
-    eval_dataset: corpora.Dataset = "stdlib"
+    dataset: sources.Dataset = "stdlib"
+    eval_dataset: sources.Dataset = "stdlib"
     seqlen: int = 256
     eval_nsamples: int = 400
 
@@ -56,7 +56,7 @@ class TextConfig:
                 raise ValueError(f"{name}: expected at least {least}, received {getattr(self, name)}")
         if self.dataset == self.eval_dataset != "stdlib":
             raise ValueError(
-                f"dataset: calibration and evaluation would both read {corpora.describe(self.dataset)}; "
+                f"dataset: calibration and evaluation would both read {sources.describe(self.dataset)}; "
                 "name another text for one of them"
             )
 
@@ -182,11 +182,11 @@ class Workbench:
 
     def calibration(self, nsamples: int, seed: int) -> Int[Tensor, "nsamples seqlen"]:
         """The calibration windows of a run; those of fewer windows are the first of more."""
-        return corpora.draw(self._text_windows, nsamples, seed)
+        return self._text.draw(nsamples, seed)
 
     @cached_property
-    def _text_windows(self) -> Int[Tensor, "windows seqlen"]:
-        return corpora.all_windows(self.tokenizer, self.text.dataset, "train", self.text.seqlen)
+    def _text(self) -> corpora.CalibrationText:
+        return corpora.CalibrationText(self.tokenizer, self.text.dataset, self.text.seqlen)
 
     def collect(self, sizes: Sequence[int], seed: int, progress: Progress = False) -> None:
         """Collect the dense model's statistics for several numbers of windows in one pass, for `propagate="dense"`."""

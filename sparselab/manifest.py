@@ -28,7 +28,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from sparselab import corpora, files
+from sparselab import files, sources
 from sparselab.methods import Settings
 from sparselab.models.checkpoint import Checkpoint, checksum
 from sparselab.models.loading import hub_revision
@@ -211,7 +211,7 @@ def tokens_hash(windows: Int[Tensor, "n seqlen"]) -> str:
 def windows_record(
     windows: Int[Tensor, "n seqlen"],
     tokenizer: PreTrainedTokenizerBase | None = None,
-    dataset: corpora.Dataset | None = None,
+    dataset: sources.Dataset | None = None,
 ) -> dict[str, Any]:
     """Which token windows they are, and where begin-of-sequence tokens stand in them.
 
@@ -221,7 +221,7 @@ def windows_record(
         dataset: the text; None if the windows were given as such.
     """
     record = {
-        "dataset": None if dataset is None else corpora.describe(dataset),
+        "dataset": None if dataset is None else sources.describe(dataset),
         "windows": windows.shape[0],
         "seqlen": windows.shape[1],
         "sha256": tokens_hash(windows),

@@ -1,6 +1,7 @@
 """Prune a model in memory: everything checked first, then the walk through its blocks, then a report."""
 
 import time
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -17,8 +18,9 @@ from sparselab import manifest, solvers
 from sparselab.allocation import Allocation, Sparsity, parse_allocation
 from sparselab.calibration import Collected, enter
 from sparselab.errors import NonFiniteError, naming
+from sparselab.evaluation import check_replay
 from sparselab.methods import Settings, find
-from sparselab.models.blocks import Decoder, evaluating, find_linears, read_weight, weight_shape
+from sparselab.models.blocks import Decoder, evaluating, find_linears, parameter_of, read_weight, weight_shape
 from sparselab.models.inputs import as_windows, check_tokens
 from sparselab.models.zero import has_optimizer, is_partitioned
 from sparselab.progress import Progress, tracked
@@ -36,9 +38,11 @@ class Report:
     Args:
         layers: one row a layer: block, layer, d_out, d_in, sparsity (realised), relative_error (of the layer's outputs
             on its calibration inputs, against the dense weight), optimality_gap (of `Settings.measure_gap`; NaN
-            without), tokens, percdamp (the damping used, a fraction of the mean diagonal; NaN where none was needed),
-            retries (how often it was raised for that), seconds (of the solve; layers that see the same inputs are
-            solved together, and share the time by their size). Layers that were left as they are have no row.
+            without), tokens, calibrated (False for an expert that too few tokens were routed to: it was pruned as if
+            its inputs were uncorrelated and of one size), percdamp (the damping used, a fraction of the mean diagonal;
+            NaN where none was needed), retries (how often it was raised for that), seconds (of the solve; layers that
+            see the same inputs are solved together, and share the time by their size). Layers that were left as they
+            are have no row.
         settings: what was asked for.
         seconds: wall time of the whole walk.
         stages: seconds of it by what they went into: forward passes, statistics, factorise, sweep (the solve, of
@@ -187,6 +191,7 @@ def walk_all(
 
     Raises:
         NonFiniteError, SingularHessianError: see `prune`.
+        UnsupportedModelError: see `check_replay`.
         LostRankError: another process has ended.
     """
     rows: list[Row] = []
@@ -201,6 +206,8 @@ def walk_all(
         walk = Walk(decoder, settings, watch, [], collected, keeper, ranks)
         finished = keeper is not None and keeper.kept(len(decoder.blocks) - 1) is not None
         if windows is not None and collects(settings) != "nothing" and not finished:
+            if ranks.leads or decoder.residence.collective:
+                check_replay(decoder, windows[:1])
             with watch.stage("forward"):
                 walk.streams = enter(decoder, ranks.part(windows), batch_size, spill)
         for index in range(len(decoder.blocks)):
@@ -208,7 +215,17 @@ def walk_all(
                 rows.append(row)
                 advance(1)
         stages, seconds = watch.seconds(), time.perf_counter() - started
-    return Report(pd.DataFrame(in_order(decoder, rows)), settings, seconds, stages, memory.bytes)
+    rows = in_order(decoder, rows)
+    if starved := [row for row in rows if not row["calibrated"]]:
+        first = starved[0]
+        warnings.warn(
+            f"{len(starved)} of {len(rows)} layers are experts that fewer tokens were routed to than they have inputs, "
+            f"first {decoder.block_prefix(first['block'])}{first['layer']} with {first['tokens']} tokens; they were "
+            "pruned as if their inputs were uncorrelated and of one size (column `calibrated` of the report): "
+            "calibrate on more tokens",
+            stacklevel=2,
+        )
+    return Report(pd.DataFrame(rows), settings, seconds, stages, memory.bytes)
 
 
 def check_calib(method: str, calib: Any) -> None:
@@ -274,7 +291,7 @@ def _check_settings(decoder: Decoder, runs: Sequence[Settings], collected: Colle
             f"calib: expected statistics of all {len(_pruned(decoder, runs))} layers that are pruned, "
             f"as collect gives without `blocks`; received none of {lacking[0]}"
         )
-    places = {linear.weight.device for linear in linears.values()} - {torch.device("meta")} or {decoder.device}
+    places = {parameter_of(linear).device for linear in linears.values()} - {torch.device("meta")} or {decoder.device}
     for device, settings in product(places, runs):
         if find(settings.method).sweeps:
             solvers.block_sweeper(settings.kernel, settings.blocksize, device, settings.wbits is not None)

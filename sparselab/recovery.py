@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sparselab.errors import NonFiniteError, SparselabError
-from sparselab.models.blocks import Decoder, evaluating
+from sparselab.models.blocks import Decoder, evaluating, parameter_of
 from sparselab.models.inputs import check_tokens
 from sparselab.progress import Progress, tracked
 from sparselab.solvers.checks import all_finite, as_number, check_whole
@@ -144,7 +144,7 @@ def _check_arguments(
 
 def _masks(decoder: Decoder) -> Masks:
     """Where each prunable weight that has zeros is zero."""
-    prunable = {id(linear.weight) for linear in decoder.linears().values()}
+    prunable = {id(parameter_of(linear)) for linear in decoder.linears().values()}
     masks = {name: weight.detach() == 0 for name, weight in decoder.model.named_parameters() if id(weight) in prunable}
     masks = {name: mask for name, mask in masks.items() if mask.any()}
     if not masks:

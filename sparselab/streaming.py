@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from sparselab import corpora, files, manifest, preflight
+from sparselab import files, manifest, preflight, sources
 from sparselab.errors import OutputError, UnsupportedModelError
 from sparselab.journal import Journal, read_journal
 from sparselab.methods import Settings
@@ -168,7 +168,7 @@ def _inputs(
     tokenizer: PreTrainedTokenizerBase,
     windows: Int[Tensor, "n seqlen"] | None,
     hashes: dict[str, str],
-    dataset: corpora.Dataset | None,
+    dataset: sources.Dataset | None,
 ) -> dict[str, Any]:
     """What goes in, for the manifest."""
     named = {"model": manifest.model_record(model.name, model.model.config, hashes)}
@@ -212,24 +212,27 @@ class _Shards:
         """See `Keeper`."""
         prefix = self._decoder.block_prefix(index)
         tensors = load_file(self._folder / self._files[index])
-        block.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in tensors.items()})
+        pruned = self._model.layout.in_model(tensors, self._absent(self._files[index]))
+        block.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in pruned.items()})
 
     def keep(self, index: int, rows: list[Row]) -> None:
         """See `Keeper`."""
         if self._journal is None:
             return
         name = self._files[index]
-        digest = write_shard(self._folder / name, {each: self._model.weight(each) for each in self._shards[name]})
+        weights = {each: self._model.weight(each) for each in self._shards[name]}
+        digest = write_shard(self._folder / name, self._model.layout.in_files(weights))
         self._journal.append({"block": index, "file": name, "sha256": digest, "rows": rows})
 
     def finish(self) -> None:
         """Write what is in no block, and the index."""
         for name in self._files[len(self._decoder.blocks) :]:
-            digest = write_shard(self._folder / name, dict(self._model.read(self._shards[name])))
+            weights = dict(self._model.read(self._shards[name]))
+            digest = write_shard(self._folder / name, self._model.layout.in_files(weights))
             if self._journal:
                 self._journal.append({"block": None, "file": name, "sha256": digest, "rows": []})
-        sizes = {shard: {name: self._model.nbytes(name) for name in names} for shard, names in self._shards.items()}
-        write_index(self._folder, sizes)
+        stored = {shard: self._model.layout.in_files(self._absent(shard)) for shard in self._shards}
+        write_index(self._folder, {shard: {n: t.nbytes for n, t in named.items()} for shard, named in stored.items()})
 
     def _undamaged(self, journal: Journal) -> int:
         """How many blocks' files are as they were written, one after the other; what else lies there is removed."""
@@ -240,6 +243,9 @@ class _Shards:
                 break
         files.clear(self._folder, keep=[entry["file"] for entry in journal.entries])
         return len(journal.entries)
+
+    def _absent(self, shard: str) -> dict[str, Tensor]:
+        return {name: self._model.absent[name] for name in self._shards[shard]}
 
     def _names(self, index: int) -> list[str]:
         prefix = self._decoder.block_prefix(index)

@@ -24,6 +24,7 @@ from sparselab.errors import OutputError
 from sparselab.evaluation import Perplexity, bits_per_byte, perplexity
 from sparselab.models import load, quiet
 from sparselab.models.loading import existing_device
+from sparselab.sources import stdlib_documents
 
 _END = "<|endoftext|>"
 _CHECKPOINT = "checkpoint.pt"
@@ -123,7 +124,7 @@ def train(
     state = _read_checkpoint(folder / _CHECKPOINT, config, place)
     for package in config.packages:
         _package_root(package)
-    tokenizer = train_tokenizer(corpora.documents("stdlib", "train"), config)
+    tokenizer = train_tokenizer(stdlib_documents("train"), config)
     sources = _sources(tokenizer, config)
     held_out = corpora.evaluation_tokens(tokenizer, "stdlib", seqlen=min(256, config.seqlen))
     run = _Run(config, folder, place, sources, held_out[:64], state)
@@ -285,7 +286,7 @@ def _read_checkpoint(path: Path, config: TrainConfig, device: torch.device) -> d
 
 def _sources(tokenizer: PreTrainedTokenizerFast, config: TrainConfig) -> list[Int[Tensor, " _"]]:
     """Token streams to draw from: the standard library, and the packages if there are any."""
-    texts = [corpora.documents("stdlib", "train")]
+    texts = [stdlib_documents("train")]
     if config.packages:
         texts.append(list(_package_documents(config.packages)))
     streams = [corpora.token_stream(tokenizer, documents) for documents in tqdm(texts, desc="tokenise", unit="source")]
@@ -306,7 +307,7 @@ def _package_root(package: str) -> Path:
 
 def _package_documents(packages: Sequence[str]) -> Iterator[str]:
     """Sources of installed packages without their tests and without copies of held-out modules."""
-    held_out = {line for text in corpora.documents("stdlib", "heldout") for line in _telling_lines(text)}
+    held_out = {line for text in stdlib_documents("heldout") for line in _telling_lines(text)}
     for package in packages:
         root = _package_root(package)
         for path in sorted(root.rglob("*.py")):
@@ -394,6 +395,6 @@ Trained by `sparselab train --out DIR` with
 {json.dumps(asdict(config), indent=2)}
 ```
 
-Modules are held out by a hash of the top-level module's name (`sparselab.corpora.is_heldout`). Files of the packages
+Modules are held out by a hash of the top-level module's name (`sparselab.sources.is_heldout`). Files of the packages
 that share lines with held-out modules were left out of training.
 """

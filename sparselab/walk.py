@@ -14,13 +14,24 @@ from sparselab import solvers
 from sparselab.calibration import Collected, Stream, advance_streams, observe
 from sparselab.errors import SingularHessianError, SparselabError, naming
 from sparselab.methods import Settings, find
-from sparselab.models.blocks import Decoder, Linear, find_linears, read_weight, weight_shape, write_weight
+from sparselab.models.blocks import (
+    Decoder,
+    Linear,
+    find_linears,
+    parameter_of,
+    read_weight,
+    weight_shape,
+    write_weight,
+)
+from sparselab.models.experts import Expert
 from sparselab.ranks import Ranks
 from sparselab.resources import Stopwatch
 from sparselab.solvers import InputStatistics, Pattern
 
 Row = dict[str, Any]  # of a report: what became of one layer
-_MEASURED = ("sparsity", "relative_error", "optimality_gap", "tokens", "percdamp", "retries", "seconds")
+_MEASURED = (
+    *("sparsity", "relative_error", "optimality_gap", "tokens", "calibrated", "percdamp", "retries", "seconds"),
+)  # fmt: skip
 _LEAST_RETRIED = 1e-4  # percdamp that is tried after 0
 
 
@@ -101,8 +112,12 @@ class Walk:
             return [linears]
         with self.watch.stage("forward"):
             called = observe(self.decoder, index, self.streams[:1], False, False, self.watch, linears)
-        groups = sharing(index, {name: linears[name] for name in called}, called, self.settings)
-        return [{name: linears[name] for name in names} for names in groups]
+        stages: dict[int, dict[str, Linear]] = {}
+        for names in sharing(index, {name: linears[name] for name in called}, called, self.settings):
+            first = linears[names[0]]  # all experts of a stack are one stage
+            key = id(parameter_of(first)) if isinstance(first, Expert) else id(called[names[0]])
+            stages.setdefault(key, {}).update((name, linears[name]) for name in names)
+        return list(stages.values())
 
     def _prune_stage(self, index: int, linears: dict[str, Linear], foresee: bool) -> Iterator[Row]:
         """Each process solves its share of the layers; then all have all."""
@@ -142,7 +157,8 @@ class Walk:
         started = time.perf_counter()
         weights = {name: read_weight(linear) for name, linear in linears.items()}
         seen = seen or InputStatistics(next(iter(weights.values())).shape[1], with_hessian=False)  # asked for nothing
-        results, percdamp, retries = self._results(index, weights, seen)
+        calibrated = not any(isinstance(linear, Expert) for linear in linears.values()) or self._enough(seen)
+        results, percdamp, retries = self._results(index, weights, seen if calibrated else seen.knowing_nothing())
         size, taken = sum(weight.numel() for weight in weights.values()), time.perf_counter() - started
         for (name, weight), pruned in zip(weights.items(), results, strict=True):
             d_out, d_in = weight.shape
@@ -158,10 +174,15 @@ class Walk:
                 "relative_error": error,
                 "optimality_gap": gap,
                 "tokens": seen.tokens,
+                "calibrated": calibrated,
                 "percdamp": percdamp,
                 "retries": retries,
                 "seconds": taken * weight.numel() / size,
             }
+
+    def _enough(self, seen: InputStatistics) -> bool:
+        """Whether an expert has seen as many tokens as it has inputs: from there on they are worth more than nothing."""
+        return find(self.settings.method).needs == "nothing" or seen.tokens >= len(seen.feature_norm)
 
     def _results(
         self, index: int, weights: dict[str, Tensor], seen: InputStatistics
@@ -204,7 +225,7 @@ class Walk:
         d_out, d_in = weight.shape
         found = dict(zip(_MEASURED, measured.tolist(), strict=True))
         counts = {name: int(found[name]) for name in ("tokens", "retries")}
-        return {"d_out": d_out, "d_in": d_in} | found | counts
+        return {"d_out": d_out, "d_in": d_in} | found | counts | {"calibrated": bool(found["calibrated"])}
 
 
 def in_order(decoder: Decoder, rows: list[Row]) -> list[Row]:
@@ -226,7 +247,7 @@ def sharing(index: int, linears: dict[str, Linear], observed: Collected, setting
         key: Any = name
         if name in observed:
             pattern = settings.pattern_at(index, name)
-            key = (id(observed[name]), linear.weight.dtype, linear.weight.device, pattern)
+            key = (id(observed[name]), parameter_of(linear).dtype, parameter_of(linear).device, pattern)
         groups.setdefault(key, []).append(name)
     return list(groups.values())
 

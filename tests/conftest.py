@@ -1,5 +1,7 @@
 """Small models, a small tokenizer, and shapes checked at run time in everything that handles tensors."""
 
+import gzip
+import json
 import os
 import shutil
 import tempfile
@@ -24,7 +26,7 @@ _CHECKED = (
         "outliers",
         "recovery",
     ),
-    *("manifest", "replay", "gradual", "inheritance"),
+    *("manifest", "replay", "gradual", "inheritance", "sources"),
 )
 install_import_hook([f"sparselab.{name}" for name in _CHECKED], "runtime_types.check")
 
@@ -34,6 +36,7 @@ os.environ["SPARSELAB_CACHE"] = _cache.name
 os.environ["TQDM_DISABLE"] = "1"
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin make small work crawl on a busy machine
 
+import pandas as pd
 import pytest
 import torch
 
@@ -141,6 +144,27 @@ def sweep(tmp_path_factory):
         for seed in range(SEEDS):
             bench.run(RunConfig(method, FIXED["pattern"], nsamples=FIXED["nsamples"], seed=seed))
     return read_sweep(folder)
+
+
+@pytest.fixture
+def hub_copies(tmp_path, monkeypatch):
+    """Copies of the papers' corpora, laid out as on the hub; the texts by corpus and side."""
+    lines = {name: [f"{name} {text}" for text in TEXTS] for name in ("wikitext2", "ptb", "c4")}
+    texts = {name: {"train": some, "heldout": [f"held out {text}" for text in some]} for name, some in lines.items()}
+    for name, (folder, column) in {
+        "wikitext2": ("Salesforce/wikitext/wikitext-2-raw-v1/{}-00000-of-00001.parquet", "text"),
+        "ptb": ("ptb-text-only/ptb_text_only/penn_treebank/{}/0000.parquet", "sentence"),
+    }.items():
+        for split, side in (("train", "train"), ("test", "heldout")):
+            path = tmp_path / folder.format(split)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pd.DataFrame({column: texts[name][side]}).to_parquet(path)
+    (tmp_path / "allenai/c4/en").mkdir(parents=True)
+    for shard, side in (("train.00000-of-01024", "train"), ("validation.00000-of-00008", "heldout")):
+        with gzip.open(tmp_path / f"allenai/c4/en/c4-{shard}.json.gz", "wt") as file:
+            file.writelines(json.dumps({"text": text, "url": ""}) + "\n" for text in texts["c4"][side])
+    monkeypatch.setenv("SPARSELAB_DATASETS", str(tmp_path))
+    return texts
 
 
 @pytest.fixture

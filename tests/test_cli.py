@@ -119,7 +119,8 @@ def test_compare_averages_over_seeds(folder, text, tmp_path, capsys):
 
 
 def test_train_and_resume(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("sparselab.corpora.documents", lambda _, split="train": TEXTS)
+    monkeypatch.setattr("sparselab.sources.stdlib_documents", lambda _: TEXTS)
+    monkeypatch.setattr("sparselab.training.stdlib_documents", lambda _: TEXTS)
     shape = (
         "--vocab-size 280 --hidden-size 16 --intermediate-size 24 --blocks 1 --heads 2 --seqlen 32 --steps 2 --packages"
     )

@@ -1,68 +1,11 @@
-import hashlib
-import sysconfig
-from pathlib import Path
+import random
 
 import pytest
 import torch
 from conftest import TEXTS
 
 from sparselab import corpora
-from sparselab.corpora import calibration_tokens, documents, evaluation_tokens, stdlib_files
-
-
-def names(split):
-    root = Path(sysconfig.get_path("stdlib"))
-    return {path.relative_to(root).parts[0].removesuffix(".py") for path in stdlib_files(split)}
-
-
-def test_the_split_is_by_whole_modules_and_the_same_everywhere():
-    train, held_out = names("train"), names("heldout")
-    assert not train & held_out
-    assert {"argparse", "asyncio", "json"} <= train
-    assert {"dataclasses", "textwrap", "importlib"} <= held_out
-    assert not {"test", "idlelib", "site-packages", "encodings", "tkinter"} & (train | held_out)
-    for name in ("json", "textwrap"):
-        expected = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") % 8 == 0
-        assert corpora.is_heldout(name) == expected
-
-
-@pytest.mark.usefixtures("untyped")
-def test_the_order_mixes_modules():
-    first = [path.parent.name + path.name for path in stdlib_files("train")[:20]]
-    assert first != sorted(first)
-    assert stdlib_files("train") == stdlib_files("train")
-    with pytest.raises(ValueError, match="split"):
-        stdlib_files("test")
-
-
-def test_a_python_without_sources_is_an_error(monkeypatch, tmp_path):
-    monkeypatch.setattr(sysconfig, "get_path", lambda _: str(tmp_path))
-    with pytest.raises(FileNotFoundError, match="'stdlib' needs a Python with its library"):
-        stdlib_files("train")
-
-
-def test_files_folders_and_strings(tmp_path):
-    (tmp_path / "b.txt").write_text("two")
-    (tmp_path / "a.txt").write_text("one")
-    (tmp_path / ".hidden").write_bytes(b"\xff\xfe")
-    (tmp_path / "sub").mkdir()
-    (tmp_path / "sub" / "c.md").write_text("λ")
-    assert documents(tmp_path) == ["one", "two", "λ"]
-    assert documents(str(tmp_path / "b.txt")) == ["two"]
-    assert documents(["x", "y"]) == ["x", "y"]
-
-
-@pytest.mark.usefixtures("untyped")
-def test_bad_datasets(tmp_path, tokenizer):
-    with pytest.raises(ValueError, match="dataset 'wikitext2': expected 'stdlib', an existing text file"):
-        documents("wikitext2")
-    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ValueError, match=r"binary\.txt: expected UTF-8"):
-        documents(tmp_path / "binary.txt")
-    with pytest.raises(TypeError, match="a int in it"):
-        documents(["x", 3])
-    with pytest.raises(ValueError, match="too little text in 0 given texts"):
-        calibration_tokens(tokenizer, [], 1, 8)
+from sparselab.corpora import calibration_tokens, evaluation_tokens
 
 
 def test_windows_are_drawn_by_seed_and_nested(tokenizer):
@@ -102,16 +45,77 @@ def test_stdlib_calibration_and_evaluation_share_nothing(tokenizer):
     assert not {tuple(row) for row in calib.tolist()} & {tuple(row) for row in held_out.tolist()}
 
 
-def test_an_empty_name_is_not_the_current_folder_and_seeds_are_not_negative(tokenizer):
-    with pytest.raises(ValueError, match="dataset '': expected 'stdlib'"):
-        documents("")
+def test_seeds_are_whole_numbers_from_0(tokenizer):
     with pytest.raises(ValueError, match="seed: expected a whole number from 0, received -1"):
         calibration_tokens(tokenizer, TEXTS, 2, 16, seed=-1)
 
 
 @pytest.mark.usefixtures("untyped")
-def test_a_text_in_place_of_a_name_and_no_seed(tokenizer):
-    with pytest.raises(ValueError, match=r"dataset 'word .*\[\.\.\.\]': expected 'stdlib'"):
-        documents("word " * 2000)
+def test_no_seed(tokenizer):
     with pytest.raises(ValueError, match="received None"):
         calibration_tokens(tokenizer, TEXTS, 2, 16, seed=None)
+
+
+@pytest.mark.parametrize(("name", "joiner"), [("wikitext2", "\n\n"), ("ptb", " ")])
+def test_crops_are_those_of_the_published_loaders(tokenizer, hub_copies, name, joiner):
+    ids = tokenizer(joiner.join(hub_copies[name]["train"]))["input_ids"]
+    rng, expected = random.Random(3), []
+    for _ in range(5):
+        start = rng.randint(0, len(ids) - 32 - 1)
+        expected.append(ids[start : start + 32])
+    assert calibration_tokens(tokenizer, name, 5, 32, seed=3).tolist() == expected
+
+
+def test_c4_is_crops_of_long_documents(tokenizer, hub_copies):
+    texts = hub_copies["c4"]["train"]
+    rng, expected = random.Random(0), []
+    for _ in range(6):
+        while True:
+            ids = tokenizer(texts[rng.randint(0, len(texts) - 1)])["input_ids"]
+            if len(ids) > 40:
+                break
+        start = rng.randint(0, len(ids) - 40 - 1)
+        expected.append(ids[start : start + 40])
+    assert calibration_tokens(tokenizer, "c4", 6, 40).tolist() == expected
+
+
+def test_where_no_document_is_long_enough_they_are_packed(tokenizer, hub_copies):
+    longest = max(len(tokenizer(text)["input_ids"]) for text in hub_copies["c4"]["train"])
+    packed = calibration_tokens(tokenizer, "c4", 2, longest + 1)
+    assert packed.shape == (2, longest + 1)
+    assert (packed == tokenizer.bos_token_id).any()
+
+
+@pytest.mark.parametrize(("name", "joiner"), [("wikitext2", "\n\n"), ("ptb", " "), ("c4", " ")])
+def test_evaluation_text_is_joined_and_begins_once(tokenizer, hub_copies, name, joiner):
+    ids = tokenizer(joiner.join(hub_copies[name]["heldout"]))["input_ids"]
+    windows = evaluation_tokens(tokenizer, name, seqlen=32)
+    most = 256 if name == "c4" else len(ids)
+    assert windows.flatten().tolist() == ids[: min(len(ids) // 32, most) * 32]
+    assert (windows == tokenizer.bos_token_id).sum() == 1
+
+
+def test_of_c4_there_are_256_windows_at_most(tokenizer, hub_copies):
+    assert len(evaluation_tokens(tokenizer, "c4", seqlen=8)) == 256
+    with pytest.raises(ValueError, match="at most 256 windows of c4, received 257"):
+        evaluation_tokens(tokenizer, "c4", 257, seqlen=8)
+
+
+def test_a_text_shorter_than_a_crop(tokenizer, hub_copies):
+    with pytest.raises(ValueError, match="too little text in ptb: 1 windows of 100000 tokens"):
+        calibration_tokens(tokenizer, "ptb", 2, 100_000)
+
+
+def test_conversations_are_written_by_the_chat_template(tokenizer, tmp_path):
+    talk = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    try:
+        written = corpora.token_stream(tokenizer, [talk, "z"])
+        assert written.tolist() == [
+            *tokenizer("<user>x<assistant>y", add_special_tokens=False)["input_ids"],
+            *tokenizer("z")["input_ids"],
+        ]
+    finally:
+        tokenizer.chat_template = None
+    with pytest.raises(ValueError, match="tokenizer no chat template"):
+        corpora.token_stream(tokenizer, [talk])

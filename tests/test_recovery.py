@@ -313,14 +313,13 @@ def test_a_tokens_own_inference_mode_does_not_matter(llama, tokens):
 
 @pytest.mark.slow
 def test_recovery_helps_the_bundled_model(bundled):
-    from sparselab import perplexity
-    from sparselab.corpora import all_windows, draw
+    from sparselab import calibration_tokens, perplexity
 
     model, tokenizer, _, held_out = bundled
     before = state(model)
     prune(model, None, "magnitude", "70%", **QUIET)
     lost = float(perplexity(model, held_out[:40], progress=False))
-    recover(model, draw(all_windows(tokenizer, "stdlib", "train", 128), 80, 0), steps=20, batch_size=4, **QUIET)
+    recover(model, calibration_tokens(tokenizer, nsamples=80, seqlen=128), steps=20, batch_size=4, **QUIET)
     won = float(perplexity(model, held_out[:40], progress=False))
     with torch.no_grad():
         for name, weight in model.named_parameters():

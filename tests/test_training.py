@@ -7,7 +7,7 @@ import torch
 from conftest import TEXTS
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sparselab import corpora, training
+from sparselab import sources, training
 from sparselab.errors import OutputError
 from sparselab.training import TrainConfig, learning_rate, train, train_tokenizer
 
@@ -20,7 +20,8 @@ SMALL = TrainConfig(
 @pytest.fixture(autouse=True)
 def little_text(monkeypatch):
     """Training reads what is given here instead of the whole library."""
-    monkeypatch.setattr(corpora, "documents", lambda _, split="train": TEXTS if split == "train" else TEXTS[::-1])
+    for module in (sources, training):
+        monkeypatch.setattr(module, "stdlib_documents", lambda split: TEXTS if split == "train" else TEXTS[::-1])
     monkeypatch.setattr(training, "_package_documents", lambda _: iter(TEXTS[:5] * 4))
 
 
@@ -87,7 +88,7 @@ def test_copies_of_held_out_modules_are_left_out(monkeypatch, tmp_path):
     monkeypatch.undo()
     root = tmp_path / "copycat"
     (root / "tests").mkdir(parents=True)
-    held_out = corpora.stdlib_files("heldout")[0].read_text(encoding="utf-8")
+    held_out = sources.stdlib_files("heldout")[0].read_text(encoding="utf-8")
     own = "".join(f"this_is_a_line_of_its_own_and_long_enough = {i}\n" for i in range(50))
     for name, text in {"__init__.py": own, "copied.py": held_out, "tests/test_x.py": own}.items():
         (root / name).write_text(text)

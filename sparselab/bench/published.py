@@ -6,10 +6,11 @@ that a ratio says what its users would gain. It shares nothing with the solvers 
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
-from sparselab.models.blocks import Call, Decoder, Linear, evaluating, find_linears, read_weight, write_weight
+from sparselab.models.blocks import Call, Decoder, evaluating, find_linears, read_weight, write_weight
 from sparselab.solvers import NM, parse_sparsity
 
 
@@ -83,7 +84,7 @@ def published_flow(
         del entered
         for index, block in enumerate(decoder.blocks):
             means = _watched(decoder, index, hidden, calls)
-            for name, linear in find_linears(block).items():
+            for name, linear in _modules(block).items():
                 write_weight(linear, column_loop(read_weight(linear), means[name].hessian, sparsity, percdamp))
             hidden = [decoder.run_block(index, states, call[index]) for states, call in zip(hidden, calls, strict=True)]
 
@@ -92,7 +93,7 @@ def _watched(
     decoder: Decoder, index: int, hidden: list[Float[Tensor, "1 seqlen hidden"]], calls: list[list[Call]]
 ) -> dict[str, "_RunningMean"]:
     """Run a block on every window; what each of its layers has seen."""
-    linears = find_linears(decoder.blocks[index])
+    linears = _modules(decoder.blocks[index])
     means = {name: _RunningMean(linear) for name, linear in linears.items()}
     hooks = [
         linear.register_forward_pre_hook(lambda _, args, mean=means[name]: mean.add(args[0]))
@@ -107,10 +108,15 @@ def _watched(
     return means
 
 
+def _modules(block: nn.Module) -> dict[str, nn.Linear | Conv1D]:
+    """The layers that the published code would find, which knows no stacked experts."""
+    return {name: linear for name, linear in find_linears(block).items() if isinstance(linear, nn.Linear | Conv1D)}
+
+
 class _RunningMean:
     """2/n · XᵀX over n windows so far, rescaled at every window."""
 
-    def __init__(self, linear: Linear) -> None:
+    def __init__(self, linear: nn.Linear | Conv1D) -> None:
         d_in = read_weight(linear).shape[1]
         self.hessian = torch.zeros(d_in, d_in, device=linear.weight.device)
         self.windows = 0

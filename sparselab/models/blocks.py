@@ -6,7 +6,7 @@ and hidden states travel from block to block outside the model.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple, cast
 
@@ -17,11 +17,12 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from sparselab.errors import UnsupportedModelError
+from sparselab.models.experts import Expert, experts_of, is_router, stacks
 from sparselab.models.residence import Residence, residence_of
 from sparselab.models.streamed import StreamedModel
 from sparselab.models.zero import whole_shape
 
-Linear = nn.Linear | Conv1D
+Linear = nn.Linear | Conv1D | Expert
 
 
 class Call(NamedTuple):
@@ -105,16 +106,16 @@ class Decoder:
         return [(index, name) for index, block in enumerate(self.blocks) for name in find_linears(block)]
 
     def check_prunable(self) -> None:
-        """Raise UnsupportedModelError where blocks keep matrices outside of linear layers, as stacked experts do."""
+        """Raise UnsupportedModelError where blocks keep matrices that are neither linear layers nor known experts."""
         for name, module in self.blocks.named_modules(prefix=self.blocks_name):
             for own, parameter in module.named_parameters(recurse=False):
                 shape = whole_shape(parameter)
                 vector = shape.numel() == max(shape, default=1)  # RWKV keeps some as [1, 1, d]
-                if len(shape) >= 3 and not vector and not isinstance(module, nn.modules.conv._ConvNd):
+                known = own in stacks(module) or isinstance(module, nn.modules.conv._ConvNd)
+                if len(shape) >= 3 and not vector and not known:
                     raise UnsupportedModelError(
-                        f"{name}.{own}: expected weights in linear layers, received a parameter "
-                        f"{tuple(shape)}; models that stack their experts' matrices (mixture of experts) "
-                        "cannot be pruned yet"
+                        f"{name}.{own}: expected weights in linear layers, or experts' stacked as [experts, d_out, "
+                        f"d_in], received a parameter {tuple(shape)}; such models cannot be pruned yet"
                     )
 
     def check_whole(self) -> None:
@@ -178,6 +179,18 @@ class Decoder:
             logits: Tensor = self.model(input_ids=any_ids, use_cache=False).logits
         return logits
 
+    def forward(self, input_ids: Int[Tensor, "batch seq"]) -> Float[Tensor, "batch seq vocab"]:
+        """Logits of the model's own forward, with nothing replayed; weights are fetched block by block if need be."""
+        own = [block.forward for block in self.blocks]
+
+        def fetched(index: int, *args: Any, **kwargs: Any) -> Any:
+            with self.block(index):
+                return own[index](*args, **kwargs)
+
+        with nullcontext() if self.residence.whole else self._blocks_replaced(fetched), self.outside():
+            logits: Tensor = self.model(input_ids=input_ids.to(self.device), use_cache=False).logits
+        return logits
+
     @contextmanager
     def _replay(self) -> Iterator[None]:
         # A model that passes its blocks other things than hidden states, or asks other things back, trips over it.
@@ -209,13 +222,23 @@ class Decoder:
 
 
 def find_linears(block: nn.Module) -> dict[str, Linear]:
-    """The linear layers inside a block by name, in the order of their definition."""
-    return {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+    """What can be pruned in a block by name: linear layers and experts but no routers, in the order of definition."""
+    found: dict[str, Linear] = {}
+    for name, module in block.named_modules():
+        if isinstance(module, nn.Linear | Conv1D) and not is_router(_parent(block, name), module):
+            found[name] = module
+        found |= {f"{name}.{own}": expert for own, expert in experts_of(module).items()}
+    return found
+
+
+def parameter_of(linear: Linear) -> Tensor:
+    """The parameter that holds a layer's weight: of an expert, the stack that it is a slice of."""
+    return linear.stack if isinstance(linear, Expert) else linear.weight
 
 
 def weight_shape(linear: Linear) -> tuple[int, int]:
     """(d_out, d_in) of the layer's weight, wherever that is."""
-    rows, columns = whole_shape(linear.weight)
+    rows, columns = whole_shape(parameter_of(linear))[-2:]
     return (columns, rows) if isinstance(linear, Conv1D) else (rows, columns)
 
 
@@ -227,8 +250,12 @@ def read_weight(linear: Linear) -> Float[Tensor, "d_out d_in"]:
 
 def write_weight(linear: Linear, weight: Float[Tensor, "d_out d_in"]) -> None:
     """Put values into the layer's weight in place, whatever its storage, dtype and device."""
-    with torch.inference_mode(linear.weight.is_inference()):  # such tensors can be changed nowhere else
+    with torch.inference_mode(parameter_of(linear).is_inference()):  # such tensors can be changed nowhere else
         read_weight(linear).copy_(weight)
+
+
+def _parent(block: nn.Module, name: str) -> nn.Module:
+    return block.get_submodule(name.rpartition(".")[0])
 
 
 @contextmanager

@@ -150,7 +150,7 @@ def _found(name: str | Path, trust_remote_code: bool) -> tuple[str, dict[str, An
     options = {"trust_remote_code": trust_remote_code}  # where it is not said, transformers asks at the terminal
     where = tiny_folder() if name == "tiny" else Path(name)
     if not where.exists():
-        return str(name), options | {"local_files_only": not _hub_answers()}
+        return str(name), options | {"local_files_only": not hub_answers()}
     if not (where / "config.json").is_file():
         raise ModelLoadError(f"{name}: expected a model folder with a config.json, found none in it")
     if not any(next(where.glob(pattern), None) for pattern in _TOKENIZER_FILES):
@@ -160,7 +160,7 @@ def _found(name: str | Path, trust_remote_code: bool) -> tuple[str, dict[str, An
     return str(where), options
 
 
-def _hub_answers() -> bool:
+def hub_answers() -> bool:
     """Whether to ask the hub: one try in a few seconds, where its own client tries for half a minute."""
     try:
         if not constants.HF_HUB_OFFLINE:

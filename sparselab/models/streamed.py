@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from sparselab.errors import ModelLoadError
 from sparselab.models.checkpoint import Checkpoint
+from sparselab.models.layout import Layout
 
 # What files of older versions hold besides, as transformers has it for all models.
 _MADE_BY_THE_MODEL = (r"rotary_emb\.inv_freq", r"(^|\.)position_ids$")
@@ -42,6 +44,7 @@ class StreamedModel:
         misfit: names of the model that the files lack, names in the files that the model has no place for, and (name,
             shape in the files, shape in the model) of those that do not fit. All empty for a model that can be used.
         absent: every weight by its first name, on the meta device.
+        layout: how the files have the weights.
         name: what the user calls the model; empty if nobody has said.
         whole, collective: see `Residence`.
     """
@@ -74,6 +77,7 @@ class StreamedModel:
         for name, tensor in self.model.state_dict(keep_vars=True).items():
             self._aliases.setdefault(first.setdefault(id(tensor), name), []).append(name)
         self.absent = {name: self.weight(name) for name in self._aliases}
+        self.layout = Layout(self.model, checkpoint.shapes)
         self._sources, self.misfit = self._matched()
 
     def names(self, wanted: Callable[[str], bool]) -> list[str]:
@@ -86,10 +90,15 @@ class StreamedModel:
         Raises:
             ModelLoadError: a file is damaged.
         """
-        stored = {self._sources[name]: name for name in names}
-        for source, tensor in self.checkpoint.read(stored):
-            dtype = self.absent[stored[source]].dtype
-            yield stored[source], tensor.to(device=self.device, dtype=dtype, copy=True)
+        names = list(names)
+        made = [name for name in names if self.layout.is_made(self._sources[name])]
+        whole = {self.layout.parts[self._sources[name]][0]: name for name in names if name not in made}
+        found = ((whole[stored], tensor) for stored, tensor in self.checkpoint.read(whole))
+        for name, tensor in chain(found, ((name, self._made(self._sources[name])) for name in made)):
+            yield name, tensor.to(device=self.device, dtype=self.absent[name].dtype, copy=True)
+
+    def _made(self, alias: str) -> Tensor:
+        return self.layout.made(alias, dict(self.checkpoint.read(self.layout.parts[alias])))
 
     @contextmanager
     def present(self, wanted: Callable[[str], bool], write_back: bool = False) -> Iterator[None]:
@@ -121,39 +130,37 @@ class StreamedModel:
         )
 
     def _matched(self) -> tuple[dict[str, str], Misfit]:
-        """Which tensor in the files each weight is. Some tools leave out the prefix of the model's body, or add it."""
+        """By which of its names the files have each weight, and what does not fit."""
         known = {alias: name for name, aliases in self._aliases.items() for alias in aliases}
-        prefix = f"{self.model.base_model_prefix}."
         sources: dict[str, str] = {}
-        misfit = Misfit([], [], [])
-        for stored, found in self.checkpoint.shapes.items():
-            spellings = (stored, prefix + stored, stored.removeprefix(prefix))
-            alias = next((spelling for spelling in spellings if spelling in known), None)
-            if alias is None:
-                if not any(self._may_be_left(spelling) for spelling in spellings):
-                    misfit.surplus.append(stored)
-                continue
+        misfit = Misfit([], [stored for stored in self.layout.surplus if not self._may_be_left(stored)], [])
+        for alias, parts in self.layout.parts.items():
             name = known[alias]
-            if name in sources:
-                self._check_equal(sources[name], stored)
-            sources[name] = stored
-            if found != (expected := tuple(self.absent[name].shape)):
+            stored = [self.layout.parts[sources[name]][0]] if name in sources else []
+            if not self.layout.is_made(alias) and len(stored := stored + parts) > 1:
+                self._check_equal(stored)
+            sources[name] = alias
+            if (found := self.layout.shape(alias)) != (expected := tuple(self.absent[name].shape)):
                 misfit.mismatched.append((name, found, expected))
         misfit.missing.extend(name for name in self._aliases if name not in sources)
         return sources, misfit
 
-    def _check_equal(self, one: str, other: str) -> None:
-        (_, first), (_, second) = self.checkpoint.read([one, other])
-        if not torch.equal(first, second):
-            raise ModelLoadError(
-                f"{one} and {other} are one weight by config.json and different ones in the files; "
-                "set tie_word_embeddings to false there if both are meant"
-            )
+    def _check_equal(self, stored: list[str]) -> None:
+        tensors = dict(self.checkpoint.read(stored))
+        for name in stored[1:]:
+            if not torch.equal(tensors[stored[0]], tensors[name]):
+                raise ModelLoadError(
+                    f"{stored[0]} and {name} are one weight by config.json and different ones in the files; "
+                    "set tie_word_embeddings to false there if both are meant"
+                )
 
-    def _may_be_left(self, name: str) -> bool:
+    def _may_be_left(self, stored: str) -> bool:
         """Whether the model makes this tensor itself, or says that old files hold it for nothing."""
         ignored = [*_MADE_BY_THE_MODEL, *(self.model._keys_to_ignore_on_load_unexpected or ())]
-        return name in dict(self.model.named_buffers()) or any(re.search(pattern, name) for pattern in ignored)
+        prefix = f"{self.model.base_model_prefix}."
+        spellings = {stored, prefix + stored, stored.removeprefix(prefix)}
+        made = not spellings.isdisjoint(name for name, _ in self.model.named_buffers())
+        return made or any(re.search(pattern, spelling) for pattern in ignored for spelling in spellings)
 
     def nbytes(self, name: str) -> int:
         """Size of a weight when it is present."""

@@ -121,6 +121,13 @@ class InputStatistics:
                 target.addmm_(left, right)
         self._upper_only = True
 
+    def knowing_nothing(self) -> "InputStatistics":
+        """Statistics of the same kind as of inputs that are uncorrelated and of one size: H = I."""
+        d_in = len(self._sum)
+        nothing = InputStatistics(d_in, self._sum.ndim == 2, self._sum.dtype, self._sum.device)
+        nothing.update(torch.eye(d_in, dtype=self._sum.dtype, device=self._sum.device))
+        return nothing
+
     def merge(self, other: "InputStatistics") -> None:
         """Add the sums of another part of the same calibration text.
 
