@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _METHODS = "magnitude, wanda, ria, sparsegpt, admm; or one with other weights: +none, +sweep, +cg, +exact"
+_TEXTS = "stdlib, wikitext2, ptb, c4, a file or folder, or owner/name[:config[:split[:column]]] on the hub"
 Runs = dict[str, Callable[[argparse.Namespace], None]]
 
 
@@ -115,9 +116,7 @@ def _add_eval(commands: Any, runs: Runs) -> None:
         commands, "eval", runs, "measure a model's perplexity", "sparselab eval tiny --dataset my-texts/ --seqlen 256"
     )
     _add_model(parser)
-    parser.add_argument(
-        "--dataset", type=_dataset, default="stdlib", help="'stdlib' (held-out part), a text file or a folder"
-    )
+    parser.add_argument("--dataset", type=_dataset, default="stdlib", help=f"{_TEXTS} (default: stdlib, held-out part)")
     parser.add_argument("--nsamples", type=_at_least(1), default=None, help="windows (default: all there are)")
     parser.add_argument("--seqlen", type=_at_least(2), default=256, help="tokens a window (default: 256)")
     _add_output(parser, "folder for a manifest with the perplexity, for sparselab replay (default: none)", needed=False)
@@ -243,9 +242,7 @@ def _add_kernel(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_calibration(parser: argparse.ArgumentParser, seeds: bool = False) -> None:
-    parser.add_argument(
-        "--dataset", type=_dataset, default="stdlib", help="calibration text: 'stdlib', a text file or a folder"
-    )
+    parser.add_argument("--dataset", type=_dataset, default="stdlib", help=f"calibration text: {_TEXTS}")
     parser.add_argument("--nsamples", type=_at_least(1), default=128, help="calibration windows (default: 128)")
     parser.add_argument("--seqlen", type=_at_least(1), default=256, help="tokens a window (default: 256)")
     if seeds:

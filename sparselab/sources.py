@@ -30,7 +30,7 @@ _HELDOUT_ONE_IN = 8
 _RECORDS = (".jsonl", ".jsonl.gz", ".json.gz", ".parquet")
 _SPLITS = {"train": ("train",), "heldout": ("test", "validation", "train")}
 _SPLIT_NAMES = ("train", "validation", "test")
-_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _COLUMNS = ("text", "messages", "conversations")
 MIRROR = "SPARSELAB_DATASETS"  # names a folder with copies of hub datasets, each in owner/name
 
@@ -99,8 +99,9 @@ def source(dataset: Dataset, split: Split = "train") -> Source:
 
     Args:
         dataset: "stdlib"; "wikitext2", "ptb" or "c4", read as the papers do; a dataset of the hub as
-            `name[:config[:split[:column]]]`; a text file (one document), a .jsonl or .parquet file (one each record),
-            or a folder of either, all of them with `:config:split:column` after it if need be; or a list of strings.
+            `owner/name[:config[:split[:column]]]`; a text file (one document), a .jsonl or .parquet file (one each
+            record), or a folder of either, all of them with `:config:split:column` after it if need be; or a list of
+            strings.
         split: "train" for calibration, "heldout" for evaluation: which side of "stdlib", which files of the papers'
             corpora, and which split of others, if none is named: test, else validation, else train.
 
@@ -123,6 +124,12 @@ def source(dataset: Dataset, split: Split = "train") -> Source:
     if (path := _existing(name)) is None:
         return Source(_documents(str(dataset), _Wanted(str(dataset), name, config, wanted).records(split), column))
     return Source(_of_files(str(dataset), _of_one(_files(path, config), split, wanted), column))
+
+
+def check_name(dataset: str) -> None:
+    """Raise ValueError where a name can be no dataset: no file or folder here, and none that the hub could have."""
+    if dataset != "stdlib" and dataset not in _PAPERS:
+        _parsed(dataset)
 
 
 def describe(dataset: Dataset) -> str:
@@ -244,8 +251,8 @@ def _parsed(dataset: str | Path) -> tuple[str, str | None, str | None, str | Non
     name, *parts = str(dataset).split(":")
     if len(parts) > 3 or (_existing(name) is None and not _HUB_NAME.fullmatch(name)):
         raise ValueError(
-            f"dataset {textwrap.shorten(str(dataset), 100)!r}: expected 'stdlib', an existing file or folder, a list "
-            "of strings, or a dataset of the hub as name[:config[:split[:column]]]"
+            f"dataset {textwrap.shorten(str(dataset), 100)!r}: expected 'stdlib', {', '.join(map(repr, _PAPERS))}, an "
+            "existing file or folder, a list of strings, or owner/name[:config[:split[:column]]] on the hub"
         )
     config, split, column = [*(part or None for part in parts), None, None, None][:3]
     return name, config, split, column

@@ -78,10 +78,14 @@ def checked_run(given: Mapping[str, Any]) -> SweepRun:
         ParameterError: an unknown name, a wrong type or a value that cannot work; says what was expected, what came,
             and the nearest name that would do.
     """
+    from sparselab import sources
+
     values = checked_values(given, RUN_PARAMETERS)
     for name in ("dataset", "eval_dataset"):
-        if (dataset := values.get(name, "stdlib")) != "stdlib" and not Path(dataset).exists():
-            raise ParameterError(f"{name}: expected 'stdlib' or an existing text file or folder, received {dataset!r}")
+        try:
+            sources.check_name(values.get(name, "stdlib"))
+        except ValueError as error:
+            raise ParameterError(f"{name}: {str(error).partition(': ')[2]}, received {values[name]!r}") from error
     if "out" in values:
         values["out"] = _checked_folder(values["out"])
     return _configured(values)

@@ -181,7 +181,7 @@ class Walk:
             }
 
     def _enough(self, seen: InputStatistics) -> bool:
-        """Whether an expert has seen as many tokens as it has inputs: from there on they are worth more than nothing."""
+        """Whether an expert has seen as many tokens as it has inputs: fewer are worth less than none."""
         return find(self.settings.method).needs == "nothing" or seen.tokens >= len(seen.feature_norm)
 
     def _results(

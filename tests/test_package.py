@@ -92,4 +92,4 @@ def test_every_pinned_package_satisfies_what_is_declared():
         if requirement.name != "sparselab":
             assert requirement.specifier.contains(pins[requirement.name]), requirement
     assert pins["torch"] == "2.13.0"
-    assert set(project["optional-dependencies"]) == {"notebooks", "course", "sweep", "scale", "eval", "test"}
+    assert set(project["optional-dependencies"]) == {"notebooks", "course", "sweep", "scale", "data", "eval", "test"}

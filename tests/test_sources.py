@@ -66,7 +66,9 @@ def test_bad_datasets(tmp_path):
     with pytest.raises(TypeError, match="a int in it"):
         documents(["x", 3])
     for name, shown in (("", "''"), ("word " * 2000, r"'word .*\[\.\.\.\]'"), ("a:b:c:d:e", "'a:b:c:d:e'")):
-        with pytest.raises(ValueError, match=f"dataset {shown}: expected 'stdlib', an existing file"):
+        with pytest.raises(
+            ValueError, match=f"dataset {shown}: expected 'stdlib', 'wikitext2', 'ptb', 'c4', an existing file"
+        ):
             documents(name)
 
 
