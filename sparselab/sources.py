@@ -1,4 +1,7 @@
-"""Which text a name stands for: the standard library of the running interpreter, files, or a dataset of the hub."""
+"""Which text a name stands for: the standard library of the running interpreter, files, or a dataset of the hub.
+
+Names can be checked without torch, which is not imported before the hub is asked.
+"""
 
 import gzip
 import hashlib
@@ -13,8 +16,6 @@ from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
-
-from sparselab.models.loading import hub_answers, quiet
 
 Split = Literal["train", "heldout"]
 Dataset = str | Path | Sequence[str]
@@ -207,8 +208,10 @@ class _Wanted:
         except ImportError as error:
             why = "the package datasets is missing (pip install 'sparselab[data]')"
             raise ValueError(self._complaint(why)) from error
-        reachable = hub_answers()
-        with quiet(), _offline(datasets.config, not reachable):
+        from sparselab.models import loading
+
+        reachable = loading.hub_answers()
+        with loading.quiet(), _offline(datasets.config, not reachable):
             try:
                 how = {"data_files": {"all": self.files}, "revision": self.revision} if self.files else {}
                 name = "all" if self.files else self.split or self._split(datasets, split)

@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 
 from sparselab import sources
+from sparselab.models import loading
 from sparselab.sources import source, stdlib_files
 
 
@@ -156,7 +157,7 @@ def test_other_datasets_of_the_hub(monkeypatch):
         asked.append((name, config, how))
         return iter([{"body": "x", "text": "y"}] * 3)
 
-    monkeypatch.setattr(sources, "hub_answers", lambda: True)
+    monkeypatch.setattr(loading, "hub_answers", lambda: True)
     monkeypatch.setattr(datasets, "load_dataset", load)
     monkeypatch.setattr(datasets, "get_dataset_split_names", lambda *_: ["train", "validation"])
     assert documents("who/what:english::body", "heldout") == ["x"] * 3
