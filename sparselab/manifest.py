@@ -231,7 +231,7 @@ def windows_record(
     bos = tokenizer.bos_token_id
     found = torch.zeros_like(windows, dtype=torch.bool) if bos is None else windows == bos
     return record | {
-        "bos": _bos_policy(tokenizer, given=dataset is None),
+        "bos": _bos_policy(tokenizer, dataset),
         "bos_id": bos,
         "windows_that_begin_with_bos": int(found[:, 0].sum()),
         "bos_in_all_windows": int(found.sum()),
@@ -277,15 +277,17 @@ def is_cost(column: str) -> bool:
     return "seconds" in column or "memory" in column
 
 
-def _bos_policy(tokenizer: PreTrainedTokenizerBase, given: bool) -> str:
+def _bos_policy(tokenizer: PreTrainedTokenizerBase, dataset: sources.Dataset | None) -> str:
     """How the tokenizer puts begin-of-sequence tokens into a text, in words."""
-    if given:
+    if dataset is None:
         return "not known: windows were given, not made from text"
     if tokenizer.bos_token_id is None:
         return "none: the tokenizer has no such token"
     ids, bare = (list(tokenizer("a", add_special_tokens=special)["input_ids"]) for special in (True, False))
     if ids[:1] != [tokenizer.bos_token_id] or bare[:1] == ids[:1]:
         return "none: the tokenizer adds none"
+    if isinstance(dataset, str) and dataset in sources.PAPERS:
+        return "as in the papers: one before all documents joined (c4, calibration: one before each); none within"
     return "one before each document; windows are cut from the documents in a row, wherever these begin"
 
 

@@ -68,7 +68,7 @@ class _Paper:
     revision: str | None = None
 
 
-_PAPERS = {
+PAPERS = {
     "wikitext2": _Paper(
         "Salesforce/wikitext",
         {"train": "wikitext-2-raw-v1/train-*.parquet", "heldout": "wikitext-2-raw-v1/test-*.parquet"},
@@ -115,8 +115,8 @@ def source(dataset: Dataset, split: Split = "train") -> Source:
         return Source(_checked_strings(dataset))
     if dataset == "stdlib":
         return Source(stdlib_documents(split))
-    if dataset in _PAPERS:
-        paper = _PAPERS[str(dataset)]
+    if dataset in PAPERS:
+        paper = PAPERS[str(dataset)]
         limit = (paper.limit or {}).get(split)
         found = _Wanted(str(dataset), paper.repository, files=paper.files[split], revision=paper.revision)
         texts = _documents(str(dataset), found.records(split, limit), paper.column)
@@ -129,7 +129,7 @@ def source(dataset: Dataset, split: Split = "train") -> Source:
 
 def check_name(dataset: str) -> None:
     """Raise ValueError where a name can be no dataset: no file or folder here, and none that the hub could have."""
-    if dataset != "stdlib" and dataset not in _PAPERS:
+    if dataset != "stdlib" and dataset not in PAPERS:
         _parsed(dataset)
 
 
@@ -254,7 +254,7 @@ def _parsed(dataset: str | Path) -> tuple[str, str | None, str | None, str | Non
     name, *parts = str(dataset).split(":")
     if len(parts) > 3 or (_existing(name) is None and not _HUB_NAME.fullmatch(name)):
         raise ValueError(
-            f"dataset {textwrap.shorten(str(dataset), 100)!r}: expected 'stdlib', {', '.join(map(repr, _PAPERS))}, an "
+            f"dataset {textwrap.shorten(str(dataset), 100)!r}: expected 'stdlib', {', '.join(map(repr, PAPERS))}, an "
             "existing file or folder, a list of strings, or owner/name[:config[:split[:column]]] on the hub"
         )
     config, split, column = [*(part or None for part in parts), None, None, None][:3]

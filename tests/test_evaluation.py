@@ -5,8 +5,11 @@ import torch
 import torch.nn.functional as F
 from conftest import tiny_llama
 
-from sparselab import bits_per_byte, evaluation, perplexity
-from sparselab.errors import NonFiniteError
+from sparselab import bits_per_byte, evaluation, perplexity, prune
+from sparselab.errors import NonFiniteError, UnsupportedModelError
+from sparselab.models.blocks import Call, Decoder
+from sparselab.models.checkpoint import Checkpoint
+from sparselab.models.streamed import StreamedModel
 
 
 def plain(model, tokens):
@@ -115,3 +118,33 @@ def test_bits_per_byte_by_hand(tokenizer):
     uniform = evaluation.Perplexity(torch.tensor([math.log(8)], dtype=torch.float64), tokens.shape[1])
     predicted = len(b"def f(x): return x")
     assert bits_per_byte(uniform, tokens, tokenizer) == pytest.approx(3 * (tokens.shape[1] - 1) / predicted)
+
+
+@pytest.mark.parametrize("opened", ["whole", "streamed"])
+def test_a_replay_that_is_not_the_models_own_forward_stops_the_run(tmp_path, tokens, monkeypatch, opened):
+    """As if a new version of transformers asked something of its blocks that a replay leaves out."""
+    model = tiny_llama(initializer_range=0.5)  # so that positions matter
+    model.save_pretrained(tmp_path)
+    checkpoint = StreamedModel(Checkpoint(tmp_path), torch.device("cpu"))
+    decoder = Decoder(model if opened == "whole" else checkpoint)
+    evaluation.check_replay(decoder, tokens[:1])
+    own = Decoder.run_block
+
+    def without_positions(self, index, hidden, call):
+        cos, sin = call.kwargs["position_embeddings"]
+        still = {"position_embeddings": (torch.ones_like(cos), torch.zeros_like(sin))}
+        return own(self, index, hidden, Call(call.args, call.kwargs | still))
+
+    monkeypatch.setattr(Decoder, "run_block", without_positions)
+    with pytest.raises(
+        UnsupportedModelError, match=r"the same loss of one window .* received \d\.\d+ and \d\.\d+ nats"
+    ):
+        evaluation.check_replay(decoder, tokens[:1])
+
+
+def test_a_run_begins_with_that_check(llama, tokens, monkeypatch):
+    monkeypatch.setattr(evaluation, "_SAME_LOSS", -1.0)
+    before = {name: weight.clone() for name, weight in llama.state_dict().items()}
+    with pytest.raises(UnsupportedModelError, match="tested, see constraints.txt"):
+        prune(llama, tokens, progress=False)
+    assert all(torch.equal(weight, before[name]) for name, weight in llama.state_dict().items())
