@@ -4,7 +4,6 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 DEMO_OUT ?= demo
-WORKERS ?= 2
 PS ?= ps1
 SUBMISSIONS ?= submitted/$(PS)
 
@@ -41,9 +40,8 @@ demo lab: export OMP_WAIT_POLICY ?= PASSIVE
 demo: $(VENV)/base ## prune the bundled model three ways and print what each cost
 	$(BIN)/sparselab compare tiny --out $(DEMO_OUT) --overwrite
 
-# Whole files to each worker, so that a notebook's cells stay together.
 test: $(VENV)/test ## run every test that this machine can
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest
 
 scale: $(VENV)/scale ## add DeepSpeed, for models partitioned by ZeRO-3
 

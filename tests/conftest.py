@@ -34,9 +34,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 _cache = tempfile.TemporaryDirectory(prefix="sparselab-cache-")  # nothing that an earlier version has measured
 os.environ["SPARSELAB_CACHE"] = _cache.name
 os.environ["TQDM_DISABLE"] = "1"
-if "PYTEST_XDIST_WORKER" in os.environ:  # several share the cores
-    share = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, share)))
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin make small work crawl on a busy machine
 
 import pandas as pd
