@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from sparselab import __version__
+from sparselab.sources import PAPERS
 
 if TYPE_CHECKING:
     from sparselab.allocation import Allocation
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _METHODS = "magnitude, wanda, ria, sparsegpt, admm; or one with other weights: +none, +sweep, +cg, +exact"
-_TEXTS = "stdlib, wikitext2, ptb, c4, a file or folder, or owner/name[:config[:split[:column]]] on the hub"
+_TEXTS = f"stdlib, {', '.join(PAPERS)}, a file or folder, or owner/name[:config[:split[:column]]] on the hub"
 Runs = dict[str, Callable[[argparse.Namespace], None]]
 
 

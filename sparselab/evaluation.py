@@ -21,7 +21,7 @@ from sparselab.progress import Progress, tracked
 
 # Logits held at a time, in elements: 128 MiB in float32, whatever the size of the vocabulary.
 _LOGITS_AT_ONCE = 2**25
-_PIECE, _SAME_LOSS = 256, 1e-3  # tokens whose logits are held in float32; relative
+_SAME_LOSS = 1e-3  # relative
 
 
 @dataclass(frozen=True)
@@ -111,9 +111,8 @@ def check_replay(decoder: Decoder, window: Int[Tensor, "1 seqlen"]) -> None:
         return
     with evaluating(decoder.model):
         replayed = float(_losses(decoder, window, 1, None, lambda _: None))
-        logits = decoder.forward(window)[0, :-1]
-        pieces = zip(logits.split(_PIECE), window[0, 1:].to(logits.device).split(_PIECE), strict=True)
-        own = float(torch.cat([F.cross_entropy(each.float(), ids, reduction="none") for each, ids in pieces]).mean())
+        logits = decoder.forward(window)
+        own = float(_losses_in_pieces(lambda part: logits[:, part], window, logits.shape[2], logits.device))
     if math.isfinite(own) and not abs(own - replayed) <= _SAME_LOSS * max(own, 1):
         raise UnsupportedModelError(
             f"{type(decoder.model).__name__}: expected the same loss of one window by the model's own forward and by "
@@ -172,13 +171,23 @@ def _losses(
 def _head_losses(
     decoder: Decoder, hidden: Float[Tensor, "batch seq hidden"], batch: Int[Tensor, "batch seq"]
 ) -> Float[Tensor, " batch"]:
-    targets = batch[:, 1:].to(hidden.device)
-    step = max(1, _LOGITS_AT_ONCE // (len(batch) * decoder.vocab_size))
-    total = torch.zeros(len(batch), dtype=torch.float64, device=hidden.device)
+    return _losses_in_pieces(lambda part: decoder.head(hidden[:, part]), batch, decoder.vocab_size, hidden.device)
+
+
+def _losses_in_pieces(
+    logits_at: Callable[[slice], Float[Tensor, "batch piece vocab"]],
+    batch: Int[Tensor, "batch seq"],
+    vocab_size: int,
+    device: torch.device,
+) -> Float[Tensor, " batch"]:
+    """The loss of each window, from the logits of a few positions at a time."""
+    targets = batch[:, 1:].to(device)
+    step = max(1, _LOGITS_AT_ONCE // (len(batch) * vocab_size))
+    total = torch.zeros(len(batch), dtype=torch.float64, device=device)
     for start in range(0, targets.shape[1], step):
         piece = targets[:, start : start + step]
         # The head, or accelerate after it, may be on another device than the last block.
-        logits = decoder.head(hidden[:, start : start + piece.shape[1]]).to(hidden.device)
+        logits = logits_at(slice(start, start + piece.shape[1])).to(device)
         total += F.cross_entropy(logits.transpose(1, 2).float(), piece, reduction="none").double().sum(dim=1)
     return total / targets.shape[1]
 

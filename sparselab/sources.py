@@ -282,7 +282,7 @@ def _of_one(files: list[Path], split: Split, wanted: str | None) -> list[Path]:
     named = {file: file.name.partition(".")[0].partition("-")[0] for file in files}
     named = {file: name if name in _SPLIT_NAMES else file.parent.name for file, name in named.items()}
     if wanted is None:
-        if not set(named.values()) <= set(_SPLIT_NAMES):
+        if not files or not set(named.values()) <= set(_SPLIT_NAMES):
             return files
         wanted = next(name for name in (*_SPLITS[split], *_SPLIT_NAMES) if name in named.values())
     if chosen := [file for file in files if named[file] == wanted]:

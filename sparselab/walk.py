@@ -29,9 +29,7 @@ from sparselab.resources import Stopwatch
 from sparselab.solvers import InputStatistics, Pattern
 
 Row = dict[str, Any]  # of a report: what became of one layer
-_MEASURED = (
-    *("sparsity", "relative_error", "optimality_gap", "tokens", "calibrated", "percdamp", "retries", "seconds"),
-)  # fmt: skip
+_MEASURED = ("sparsity", "relative_error", "optimality_gap", "tokens", "calibrated", "percdamp", "retries", "seconds")
 _LEAST_RETRIED = 1e-4  # percdamp that is tried after 0
 
 
@@ -224,8 +222,12 @@ class Walk:
         self.ranks.broadcast(measured, owner)
         d_out, d_in = weight.shape
         found = dict(zip(_MEASURED, measured.tolist(), strict=True))
-        counts = {name: int(found[name]) for name in ("tokens", "retries")}
-        return {"d_out": d_out, "d_in": d_in} | found | counts | {"calibrated": bool(found["calibrated"])}
+        exact = {
+            "tokens": int(found["tokens"]),
+            "retries": int(found["retries"]),
+            "calibrated": bool(found["calibrated"]),
+        }
+        return {"d_out": d_out, "d_in": d_in} | found | exact
 
 
 def in_order(decoder: Decoder, rows: list[Row]) -> list[Row]:

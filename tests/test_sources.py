@@ -59,6 +59,12 @@ def test_files_folders_and_strings(tmp_path):
     assert sources.describe(tmp_path / "b.txt") == "b.txt"
 
 
+def test_an_empty_folder_has_no_documents(tmp_path):
+    assert documents(tmp_path) == []
+    with pytest.raises(ValueError, match="expected files of split 'dev', found those of none"):
+        documents(f"{tmp_path}::dev")
+
+
 @pytest.mark.usefixtures("untyped")
 def test_bad_datasets(tmp_path):
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")

@@ -50,7 +50,7 @@ class Decoder:
         self.streamed = model if isinstance(model, StreamedModel) else None
         self.model: PreTrainedModel = model.model if isinstance(model, StreamedModel) else model
         self.blocks_name, self.blocks = _find_blocks(self.model)
-        self.backbone = self.model.get_submodule(self.blocks_name.rpartition(".")[0])
+        self.backbone = _parent(self.model, self.blocks_name)
         self.residence: Residence | StreamedModel = self.streamed or residence_of(self.model)
         self._returns_tuple: bool | None = None
 
@@ -87,7 +87,7 @@ class Decoder:
         return not name.startswith(f"{self.blocks_name}.")
 
     def _is_head(self, name: str) -> bool:
-        return self.model.get_submodule(name.rpartition(".")[0]) is self.model.get_output_embeddings()
+        return _parent(self.model, name) is self.model.get_output_embeddings()
 
     def block_prefix(self, index: int) -> str:
         """What the names of a block's weights begin with."""
@@ -254,8 +254,9 @@ def write_weight(linear: Linear, weight: Float[Tensor, "d_out d_in"]) -> None:
         read_weight(linear).copy_(weight)
 
 
-def _parent(block: nn.Module, name: str) -> nn.Module:
-    return block.get_submodule(name.rpartition(".")[0])
+def _parent(module: nn.Module, name: str) -> nn.Module:
+    """What holds a submodule or weight of that name."""
+    return module.get_submodule(name.rpartition(".")[0])
 
 
 @contextmanager
