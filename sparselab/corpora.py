@@ -1,15 +1,26 @@
 """Text to token windows: how it is tokenised, cut and drawn from, as the papers do for their corpora."""
 
+import hashlib
+import json
 import random
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
 
 import torch
 from jaxtyping import Int
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from sparselab import files
 from sparselab.sources import Dataset, Document, Source, describe, source
+
+_WORTH_KEEPING = 2**20  # characters; what is shorter is tokenised sooner than found
+_MOST_KEPT = 32  # texts, about 10 MB each
 
 
 class CalibrationText:
@@ -161,18 +172,65 @@ def joined(found: Source) -> Sequence[Document]:
 def token_stream(tokenizer: PreTrainedTokenizerBase, texts: Sequence[Document]) -> Int[Tensor, " tokens"]:
     """All documents tokenised, one after another, as one row of token ids.
 
-    Conversations are written out by the tokenizer's chat template, which brings the special tokens itself.
+    Conversations are written out by the tokenizer's chat template, which brings the special tokens itself. The tokens
+    of a long text are kept in `files.cache_folder`, by a hash of text and tokenizer, for this run and others.
 
     Raises:
         ValueError: there are conversations, and the tokenizer has no chat template.
     """
     if not texts:
         return torch.empty(0, dtype=torch.long)
+    if not (key := _key(tokenizer, texts)):
+        return _tokenised(tokenizer, texts)
+    path = files.cache_folder() / "tokens" / f"{key}.safetensors"
+    if (tokens := _kept(path)) is None:
+        tokens = _tokenised(tokenizer, texts)
+        with suppress(OSError):  # a full disk or a home that cannot be written to: they are made again next time
+            _keep(path, tokens)
+    return tokens
+
+
+def _tokenised(tokenizer: PreTrainedTokenizerBase, texts: Sequence[Document]) -> Int[Tensor, " tokens"]:
     if all(isinstance(text, str) for text in texts):
         ids = tokenizer(list(map(str, texts)), return_attention_mask=False, verbose=False)["input_ids"]
     else:
         ids = [_ids(tokenizer, text) for text in texts]
     return torch.cat([torch.tensor(row, dtype=torch.long) for row in ids])
+
+
+def _key(tokenizer: PreTrainedTokenizerBase, texts: Sequence[Document]) -> str:
+    """A hash of all that tokens depend on; none of what is not kept: short texts, and tokenizers that are no data."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    written = [text if isinstance(text, str) else json.dumps(text) for text in texts]
+    if backend is None or sum(map(len, written)) < _WORTH_KEEPING:
+        return ""
+    settings = {name: value for name, value in tokenizer.init_kwargs.items() if name != "name_or_path"}
+    made_by = [type(tokenizer).__name__, *map(version, ("tokenizers", "transformers"))]
+    digest = hashlib.sha256(json.dumps([made_by, settings, tokenizer.chat_template], default=str).encode())
+    for part in (backend.to_str(), *written):
+        digest.update(hashlib.sha256(part.encode("utf-8", "surrogatepass")).digest())
+    return digest.hexdigest()
+
+
+def _kept(path: Path) -> Int[Tensor, " tokens"] | None:
+    """The tokens in a file, if it is there and as it was written."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            tokens, said = file.get_tensor("tokens"), file.metadata()["sha256"]
+        path.touch()
+    except (OSError, SafetensorError):
+        return None
+    return tokens.long() if hashlib.sha256(tokens.numpy().tobytes()).hexdigest() == said else None
+
+
+def _keep(path: Path, tokens: Int[Tensor, " tokens"]) -> None:
+    small = tokens.int()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with files.written_whole(path) as partial:
+        save_file({"tokens": small}, partial, {"sha256": hashlib.sha256(small.numpy().tobytes()).hexdigest()})
+    by_age = sorted(path.parent.glob("*.safetensors"), key=lambda file: file.stat().st_mtime)
+    for file in by_age[:-_MOST_KEPT]:
+        file.unlink(missing_ok=True)
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: Document) -> list[int]:

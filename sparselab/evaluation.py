@@ -188,7 +188,8 @@ def _losses_in_pieces(
         piece = targets[:, start : start + step]
         # The head, or accelerate after it, may be on another device than the last block.
         logits = logits_at(slice(start, start + piece.shape[1])).to(device)
-        total += F.cross_entropy(logits.transpose(1, 2).float(), piece, reduction="none").double().sum(dim=1)
+        each = F.cross_entropy(logits.flatten(0, 1).float(), piece.flatten(), reduction="none")
+        total += each.view_as(piece).double().sum(dim=1)
     return total / targets.shape[1]
 
 

@@ -1,10 +1,12 @@
+import copy
+import os
 import random
 
 import pytest
 import torch
 from conftest import TEXTS
 
-from sparselab import corpora
+from sparselab import corpora, files
 from sparselab.corpora import calibration_tokens, evaluation_tokens
 
 
@@ -119,3 +121,70 @@ def test_conversations_are_written_by_the_chat_template(tokenizer, tmp_path):
         tokenizer.chat_template = None
     with pytest.raises(ValueError, match="tokenizer no chat template"):
         corpora.token_stream(tokenizer, [talk])
+
+
+@pytest.fixture
+def cache(monkeypatch, tmp_path):
+    """The folder of kept tokens, empty, and even short texts worth it."""
+    monkeypatch.setenv("SPARSELAB_CACHE", str(tmp_path))
+    monkeypatch.setattr(corpora, "_WORTH_KEEPING", 1)
+    return tmp_path / "tokens"
+
+
+@pytest.fixture
+def tokenised(monkeypatch):
+    """Which texts were really tokenised."""
+    seen, really = [], corpora._tokenised
+    monkeypatch.setattr(corpora, "_tokenised", lambda tokenizer, texts: seen.append(texts) or really(tokenizer, texts))
+    return seen
+
+
+def test_a_text_is_tokenised_once_by_each_tokenizer(tokenizer, cache, tokenised):
+    first = corpora.token_stream(tokenizer, TEXTS)
+    again = corpora.token_stream(copy.deepcopy(tokenizer), list(TEXTS))
+    assert torch.equal(first, again)
+    assert first.dtype == again.dtype == torch.long
+    assert (len(tokenised), len(list(cache.iterdir()))) == (1, 1)
+    other = copy.deepcopy(tokenizer)
+    other.add_tokens(["return"])
+    others = [(other, TEXTS), (tokenizer, [*TEXTS, "one more"]), (tokenizer, ["".join(TEXTS)])]
+    for number, (which, texts) in enumerate(others, 2):
+        assert not torch.equal(corpora.token_stream(which, texts), first)
+        assert len(tokenised) == len(list(cache.iterdir())) == number
+
+
+def test_short_texts_are_not_kept(tokenizer, cache, monkeypatch):
+    monkeypatch.setattr(corpora, "_WORTH_KEEPING", 100)
+    corpora.token_stream(tokenizer, ["short"])
+    assert not cache.exists()
+
+
+def test_tokens_that_were_damaged_on_disk_are_made_again(tokenizer, cache, tokenised):
+    first = corpora.token_stream(tokenizer, TEXTS)
+    (file,) = cache.iterdir()
+    for damaged in (file.read_bytes()[:-1] + b"\x7f", b"no safetensors"):
+        file.write_bytes(damaged)
+        assert torch.equal(corpora.token_stream(tokenizer, TEXTS), first)
+    assert len(tokenised) == 3
+
+
+def test_only_the_last_used_are_kept(tokenizer, cache, monkeypatch):
+    monkeypatch.setattr(corpora, "_MOST_KEPT", 2)
+    names = []
+    for text in ("aaaa", "bbbb", "cccc"):
+        corpora.token_stream(tokenizer, ["aaaa"])  # used again, and so younger than the others
+        corpora.token_stream(tokenizer, [text])
+        names.append({file.name for file in cache.iterdir()})
+        for age, file in enumerate(sorted(cache.iterdir(), key=lambda file: file.stat().st_mtime_ns, reverse=True)):
+            os.utime(file, (1e9 - age, 1e9 - age))  # clocks are coarse
+    assert len(names[0]) == 1
+    assert len(names[2]) == 2
+    assert names[0] < names[2]
+
+
+def test_a_cache_that_cannot_be_written_is_no_error(tokenizer, cache, monkeypatch):
+    def full(path):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(files, "written_whole", full)
+    assert len(corpora.token_stream(tokenizer, TEXTS)) > 100
