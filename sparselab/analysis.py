@@ -146,8 +146,8 @@ class LayerStudy:
         self.name, self.text, self.seed, self.sizes = name, text or TextConfig(eval_nsamples=64), seed, sorted(sizes)
         decoder, to = Decoder(model), self.text
         decoder.check_whole()
-        calib = corpora.calibration_tokens(tokenizer, to.dataset, max(sizes), to.seqlen, seed)
-        held_out = corpora.evaluation_tokens(tokenizer, to.eval_dataset, to.eval_nsamples, to.seqlen)
+        calib = corpora.calibration_tokens(tokenizer, to.dataset, max(sizes), to.seqlen, seed, to.bos)
+        held_out = corpora.evaluation_tokens(tokenizer, to.eval_dataset, to.eval_nsamples, to.seqlen, to.bos)
         self._nested = collect_nested(model, calib, sizes, progress=progress, blocks=blocks)
         self._held_out = collect(model, held_out, progress=False, blocks=blocks)
         linears = decoder.linears()

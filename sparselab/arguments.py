@@ -120,6 +120,7 @@ def _add_eval(commands: Any, runs: Runs) -> None:
     parser.add_argument("--dataset", type=_dataset, default="stdlib", help=f"{_TEXTS} (default: stdlib, held-out part)")
     parser.add_argument("--nsamples", type=_at_least(1), default=None, help="windows (default: all there are)")
     parser.add_argument("--seqlen", type=_at_least(2), default=256, help="tokens a window (default: 256)")
+    _add_bos(parser)
     _add_output(parser, "folder for a manifest with the perplexity, for sparselab replay (default: none)", needed=False)
     _add_spill(parser)
     _add_batch_size(parser)
@@ -246,12 +247,20 @@ def _add_calibration(parser: argparse.ArgumentParser, seeds: bool = False) -> No
     parser.add_argument("--dataset", type=_dataset, default="stdlib", help=f"calibration text: {_TEXTS}")
     parser.add_argument("--nsamples", type=_at_least(1), default=128, help="calibration windows (default: 128)")
     parser.add_argument("--seqlen", type=_at_least(1), default=256, help="tokens a window (default: 256)")
+    _add_bos(parser)
     if seeds:
         parser.add_argument(
             "--seed", nargs="+", type=_at_least(0), default=[0], help="one draw or several to average over (default: 0)"
         )
     else:
         parser.add_argument("--seed", type=_at_least(0), default=0, help="of the calibration draw (default: 0)")
+
+
+def _add_bos(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--bos", choices=("document", "window"), default="document",
+        help="where a begin-of-sequence token stands; Gemma needs it in each window (default: document)",
+    )  # fmt: skip
 
 
 def _add_spill(parser: argparse.ArgumentParser) -> None:

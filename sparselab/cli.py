@@ -92,6 +92,7 @@ def _compare(options: argparse.Namespace) -> None:
         eval_nsamples=options.eval_nsamples,
         seqlen=options.seqlen,
         seeds=tuple(options.seed),
+        bos=options.bos,
     )
     with files.finished_output(options.out, options.overwrite, _inputs(options)) as folder:
         model, tokenizer = load(
@@ -129,7 +130,8 @@ def _prune(options: argparse.Namespace) -> None:
             zero=options.zero,
             trust_remote_code=options.trust_remote_code,
         )
-        calib = corpora.calibration_tokens(tokenizer, options.dataset, options.nsamples, options.seqlen, options.seed)
+        given = options.dataset, options.nsamples, options.seqlen, options.seed, options.bos
+        calib = corpora.calibration_tokens(tokenizer, *given)
         if options.owl:  # from here on as if its rules had been typed, and so they stand in the manifest
             options.owl, options.sparsity = False, owl(model, calib, options.sparsity, batch_size=options.batch_size)
         report = prune_checkpoint(
@@ -180,7 +182,7 @@ def _eval(options: argparse.Namespace) -> None:
         model, tokenizer = stream(
             options.model, options.device, options.dtype, trust_remote_code=options.trust_remote_code
         )
-        tokens = corpora.evaluation_tokens(tokenizer, options.dataset, options.nsamples, options.seqlen)
+        tokens = corpora.evaluation_tokens(tokenizer, options.dataset, options.nsamples, options.seqlen, options.bos)
         made = manifest.of_evaluation(model, tokenizer, tokens, _request(options)) if folder else {}
         result = perplexity(model, tokens, options.batch_size, spill=Path(hidden) if options.spill else None)
         bits = bits_per_byte(result, tokens, tokenizer)
@@ -255,7 +257,7 @@ def _bench(options: argparse.Namespace) -> None:
     opened = layers = model = None
     if options.only != "layers":  # before anything is timed: a wrong name should not be found out after minutes
         loaded, tokenizer = load(options.model, str(device), options.dtype, trust_remote_code=options.trust_remote_code)
-        given = options.dataset, options.nsamples, options.seqlen, options.seed
+        given = options.dataset, options.nsamples, options.seqlen, options.seed, options.bos
         opened = loaded, corpora.calibration_tokens(tokenizer, *given)
     if options.only != "model":
         patterns = [str(pattern) for pattern in options.patterns]

@@ -39,7 +39,7 @@ class CompareConfig(TextConfig):
     """What is compared, and on which text.
 
     Args:
-        dataset, eval_dataset, seqlen, eval_nsamples: see `TextConfig`.
+        dataset, eval_dataset, seqlen, eval_nsamples, bos: see `TextConfig`.
         methods: keys of `sparselab.methods.METHODS`.
         sparsities: fractions, percentages or N:M.
         percdamp, blocksize: of SparseGPT.
@@ -268,7 +268,8 @@ def caption(model: str, text: TextConfig, nsamples: int | str, seeds: tuple[int,
     which = f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {', '.join(map(str, seeds))}"
     calibrated = f"{nsamples} × {text.seqlen} tokens of {sources.describe(text.dataset)} ({which})"
     evaluated = f"{text.eval_nsamples} × {text.seqlen} tokens of {sources.describe(text.eval_dataset)}"
-    return f"{model}; calibrated on {calibrated}, evaluated on {evaluated}"
+    begun = "" if text.bos == "document" else "; each window begins with the begin-of-sequence token"
+    return f"{model}; calibrated on {calibrated}, evaluated on {evaluated}{begun}"
 
 
 def estimate_seconds(model: PreTrainedModel, config: CompareConfig) -> float:

@@ -8,6 +8,7 @@ from contextlib import suppress
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
+from typing import Literal
 
 import torch
 from jaxtyping import Int
@@ -19,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from sparselab import files
 from sparselab.sources import Dataset, Document, Source, describe, source
 
+Bos = Literal["document", "window"]
 _WORTH_KEEPING = 2**20  # characters; what is shorter is tokenised sooner than found
 _MOST_KEPT = 32  # texts, about 10 MB each
 
@@ -27,16 +29,17 @@ class CalibrationText:
     """A text to draw calibration windows from, with one seed or another.
 
     Args:
-        tokenizer: its own special tokens are added once per document; where the papers join documents, once.
-        dataset: see `source`.
-        seqlen: tokens a window.
+        tokenizer, dataset, seqlen, bos: see `calibration_tokens`.
 
     Raises:
-        ValueError: seqlen is not positive, or the dataset is unknown.
+        ValueError: seqlen is not positive, the dataset is unknown, or the tokenizer has no begin-of-sequence token.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, dataset: Dataset, seqlen: int) -> None:
-        self.seqlen = _positive("seqlen", seqlen)
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, dataset: Dataset, seqlen: int, bos: Bos = "document"
+    ) -> None:
+        self._first = _first_token(tokenizer, bos)
+        self.seqlen = _positive("seqlen", seqlen - len(self._first))
         self._tokenizer, self._dataset, self._source = tokenizer, dataset, source(dataset, "train")
         self._tokenised: dict[int, Int[Tensor, " tokens"]] = {}
 
@@ -49,7 +52,9 @@ class CalibrationText:
         _positive("nsamples", nsamples)
         if seed is None or seed < 0:  # Python draws the same for -1 and 1, and anew each time for None
             raise ValueError(f"seed: expected a whole number from 0, received {seed}")
-        rng = random.Random(seed)
+        return _begun(self._first, self._windows(random.Random(seed), nsamples))
+
+    def _windows(self, rng: random.Random, nsamples: int) -> Int[Tensor, "nsamples seqlen"]:
         if self._source.draws == "crops":
             return torch.stack([self._crop(rng, self._stream) for _ in range(nsamples)])
         if self._source.draws == "documents" and self._any_is_long:
@@ -61,7 +66,7 @@ class CalibrationText:
 
     @cached_property
     def _stream(self) -> Int[Tensor, " tokens"]:
-        return token_stream(self._tokenizer, joined(self._source))
+        return token_stream(self._tokenizer, joined(self._source), special=not len(self._first))
 
     @cached_property
     def _any_is_long(self) -> bool:
@@ -76,7 +81,8 @@ class CalibrationText:
 
     def _tokens_of(self, index: int) -> Int[Tensor, " tokens"]:
         if index not in self._tokenised:
-            self._tokenised[index] = token_stream(self._tokenizer, self._source.documents[index : index + 1])
+            document = self._source.documents[index : index + 1]
+            self._tokenised[index] = token_stream(self._tokenizer, document, special=not len(self._first))
         return self._tokenised[index]
 
     def _crop(self, rng: random.Random, tokens: Int[Tensor, " tokens"]) -> Int[Tensor, " seqlen"]:
@@ -92,6 +98,7 @@ def calibration_tokens(
     nsamples: int = 128,
     seqlen: int = 256,
     seed: int = 0,
+    bos: Bos = "document",
 ) -> Int[Tensor, "nsamples seqlen"]:
     """Draw calibration windows.
 
@@ -103,18 +110,22 @@ def calibration_tokens(
     compare nested samples.
 
     Args:
-        tokenizer: its own special tokens are added once per document; where the papers join documents, once.
+        tokenizer: the model's.
         dataset: see `source`; "stdlib" is read on its training side.
         nsamples: number of windows.
         seqlen: tokens a window.
         seed: of the draw.
+        bos: where special tokens stand. "document": as the tokenizer puts them, once per document, or once where the
+            papers join documents. "window": a begin-of-sequence token opens each window, and the text has none; models
+            that have never seen a text without one (Gemma) need this.
 
     Raises:
-        ValueError: a count is not positive, the dataset is unknown, or the text is too short.
+        ValueError: a count is not positive, the dataset is unknown, the text is too short, or the tokenizer has no
+            begin-of-sequence token.
     Source: Frantar & Alistarh 2023, and the published code's loaders.
     """
     _positive("nsamples", nsamples)
-    return CalibrationText(tokenizer, dataset, seqlen).draw(nsamples, seed)
+    return CalibrationText(tokenizer, dataset, seqlen, bos).draw(nsamples, seed)
 
 
 def evaluation_tokens(
@@ -122,26 +133,29 @@ def evaluation_tokens(
     dataset: Dataset = "stdlib",
     nsamples: int | None = None,
     seqlen: int = 256,
+    bos: Bos = "document",
 ) -> Int[Tensor, "nsamples seqlen"]:
     """The first windows of the text in order, not overlapping, remainder dropped: the papers' protocol.
 
     Args:
-        tokenizer: its own special tokens are added once per document; where the papers join documents, once.
+        tokenizer: the model's.
         dataset: see `source`; "stdlib" is read on its held-out side.
         nsamples: number of windows; None takes all there are; of "c4" 256 at most, as in the papers.
         seqlen: tokens a window.
+        bos: see `calibration_tokens`.
 
     Raises:
-        ValueError: a count is not positive, the dataset is unknown, or the text is too short.
+        ValueError: a count is not positive, the dataset is unknown, the text is too short, or the tokenizer has no
+            begin-of-sequence token.
     Source: Frantar & Alistarh 2023, section 4; the evaluation of the published code.
     """
-    needed = 1 if nsamples is None else _positive("nsamples", nsamples)
-    _positive("seqlen", seqlen)
-    found = source(dataset, "heldout")
-    windows = cut(token_stream(tokenizer, joined(found)), seqlen, needed, dataset)[: found.most]
+    needed, first = 1 if nsamples is None else _positive("nsamples", nsamples), _first_token(tokenizer, bos)
+    length, found = _positive("seqlen", seqlen - len(first)), source(dataset, "heldout")
+    stream = token_stream(tokenizer, joined(found), special=not len(first))
+    windows = cut(stream, length, needed, dataset)[: found.most]
     if needed > len(windows):
         raise ValueError(f"nsamples: expected at most {found.most} windows of {dataset}, received {nsamples}")
-    return windows[:nsamples]
+    return _begun(first, windows[:nsamples])
 
 
 def cut(
@@ -164,12 +178,29 @@ def cut(
     return stream[: count * seqlen].view(count, seqlen)
 
 
+def _first_token(tokenizer: PreTrainedTokenizerBase, bos: Bos) -> Int[Tensor, " one_or_none"]:
+    """What opens each window."""
+    if bos not in ("document", "window"):
+        raise ValueError(f"bos: expected 'document' or 'window', received {bos!r}")
+    if bos == "document":
+        return torch.empty(0, dtype=torch.long)
+    if tokenizer.bos_token_id is None:
+        raise ValueError("bos: expected 'document', as the model's tokenizer has no begin-of-sequence token")
+    return torch.tensor([tokenizer.bos_token_id])
+
+
+def _begun(first: Int[Tensor, " one_or_none"], windows: Int[Tensor, "n length"]) -> Int[Tensor, "n seqlen"]:
+    return torch.cat([first.expand(len(windows), -1), windows], dim=1) if len(first) else windows
+
+
 def joined(found: Source) -> Sequence[Document]:
     """The documents as they are tokenised: one by one, or as one text."""
     return found.documents if found.joiner is None else [found.joiner.join(map(str, found.documents))]
 
 
-def token_stream(tokenizer: PreTrainedTokenizerBase, texts: Sequence[Document]) -> Int[Tensor, " tokens"]:
+def token_stream(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[Document], special: bool = True
+) -> Int[Tensor, " tokens"]:
     """All documents tokenised, one after another, as one row of token ids.
 
     Conversations are written out by the tokenizer's chat template, which brings the special tokens itself. The tokens
@@ -180,25 +211,26 @@ def token_stream(tokenizer: PreTrainedTokenizerBase, texts: Sequence[Document]) 
     """
     if not texts:
         return torch.empty(0, dtype=torch.long)
-    if not (key := _key(tokenizer, texts)):
-        return _tokenised(tokenizer, texts)
+    if not (key := _key(tokenizer, texts, special)):
+        return _tokenised(tokenizer, texts, special)
     path = files.cache_folder() / "tokens" / f"{key}.safetensors"
     if (tokens := _kept(path)) is None:
-        tokens = _tokenised(tokenizer, texts)
+        tokens = _tokenised(tokenizer, texts, special)
         with suppress(OSError):  # a full disk or a home that cannot be written to: they are made again next time
             _keep(path, tokens)
     return tokens
 
 
-def _tokenised(tokenizer: PreTrainedTokenizerBase, texts: Sequence[Document]) -> Int[Tensor, " tokens"]:
+def _tokenised(tokenizer: PreTrainedTokenizerBase, texts: Sequence[Document], special: bool) -> Int[Tensor, " tokens"]:
     if all(isinstance(text, str) for text in texts):
-        ids = tokenizer(list(map(str, texts)), return_attention_mask=False, verbose=False)["input_ids"]
+        how = {"add_special_tokens": special, "return_attention_mask": False, "verbose": False}
+        ids = tokenizer(list(map(str, texts)), **how)["input_ids"]
     else:
-        ids = [_ids(tokenizer, text) for text in texts]
+        ids = [_ids(tokenizer, text, special) for text in texts]
     return torch.cat([torch.tensor(row, dtype=torch.long) for row in ids])
 
 
-def _key(tokenizer: PreTrainedTokenizerBase, texts: Sequence[Document]) -> str:
+def _key(tokenizer: PreTrainedTokenizerBase, texts: Sequence[Document], special: bool) -> str:
     """A hash of all that tokens depend on; none of what is not kept: short texts, and tokenizers that are no data."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     written = [text if isinstance(text, str) else json.dumps(text) for text in texts]
@@ -206,7 +238,7 @@ def _key(tokenizer: PreTrainedTokenizerBase, texts: Sequence[Document]) -> str:
         return ""
     settings = {name: value for name, value in tokenizer.init_kwargs.items() if name != "name_or_path"}
     made_by = [type(tokenizer).__name__, *map(version, ("tokenizers", "transformers"))]
-    digest = hashlib.sha256(json.dumps([made_by, settings, tokenizer.chat_template], default=str).encode())
+    digest = hashlib.sha256(json.dumps([made_by, settings, tokenizer.chat_template, special], default=str).encode())
     for part in (backend.to_str(), *written):
         digest.update(hashlib.sha256(part.encode("utf-8", "surrogatepass")).digest())
     return digest.hexdigest()
@@ -233,9 +265,9 @@ def _keep(path: Path, tokens: Int[Tensor, " tokens"]) -> None:
         file.unlink(missing_ok=True)
 
 
-def _ids(tokenizer: PreTrainedTokenizerBase, text: Document) -> list[int]:
+def _ids(tokenizer: PreTrainedTokenizerBase, text: Document, special: bool) -> list[int]:
     if isinstance(text, str):
-        return list(tokenizer(text)["input_ids"])
+        return list(tokenizer(text, add_special_tokens=special)["input_ids"])
     if not tokenizer.chat_template:
         raise ValueError("dataset: has conversations, and the model's tokenizer no chat template; name one of texts")
     return list(tokenizer.apply_chat_template(text, tokenize=True, return_dict=False))

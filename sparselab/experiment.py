@@ -43,12 +43,14 @@ class TextConfig:
         eval_dataset: evaluation text; "stdlib" is read on its held-out side.
         seqlen: tokens a window, for both.
         eval_nsamples: evaluation windows.
+        bos: "document" or "window", see `corpora.calibration_tokens`.
     """
 
     dataset: sources.Dataset = "stdlib"
     eval_dataset: sources.Dataset = "stdlib"
     seqlen: int = 256
     eval_nsamples: int = 400
+    bos: corpora.Bos = "document"
 
     def __post_init__(self) -> None:
         for name, least in (("seqlen", 2), ("eval_nsamples", 1)):
@@ -156,7 +158,7 @@ class Workbench:
         self.model, self.tokenizer, self.name = model, tokenizer, name
         self.text, self.folder, self.measure_error = text or TextConfig(), folder, measure_error
         self.held_out = corpora.evaluation_tokens(
-            tokenizer, self.text.eval_dataset, self.text.eval_nsamples, self.text.seqlen
+            tokenizer, self.text.eval_dataset, self.text.eval_nsamples, self.text.seqlen, self.text.bos
         )
         self._decoder = Decoder(model)
         self._decoder.check_whole()
@@ -186,7 +188,7 @@ class Workbench:
 
     @cached_property
     def _text(self) -> corpora.CalibrationText:
-        return corpora.CalibrationText(self.tokenizer, self.text.dataset, self.text.seqlen)
+        return corpora.CalibrationText(self.tokenizer, self.text.dataset, self.text.seqlen, self.text.bos)
 
     def collect(self, sizes: Sequence[int], seed: int, progress: Progress = False) -> None:
         """Collect the dense model's statistics for several numbers of windows in one pass, for `propagate="dense"`."""

@@ -44,6 +44,7 @@ REPLAYED = {
     "eval": ("model", "dataset"),
 }
 _PARTS = ("settings", "inputs", "machine", "versions", "results")
+_EACH_WINDOW = "one at the beginning of each window"
 # Of a configuration; the rest decides what the model computes. The first is a path, the others say who wrote it.
 _NOT_THE_MODEL = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
 
@@ -231,7 +232,7 @@ def windows_record(
     bos = tokenizer.bos_token_id
     found = torch.zeros_like(windows, dtype=torch.bool) if bos is None else windows == bos
     return record | {
-        "bos": _bos_policy(tokenizer, dataset),
+        "bos": _EACH_WINDOW if len(found) > 1 and bool(found[:, 0].all()) else _bos_policy(tokenizer, dataset),
         "bos_id": bos,
         "windows_that_begin_with_bos": int(found[:, 0].sum()),
         "bos_in_all_windows": int(found.sum()),

@@ -135,7 +135,7 @@ def cache(monkeypatch, tmp_path):
 def tokenised(monkeypatch):
     """Which texts were really tokenised."""
     seen, really = [], corpora._tokenised
-    monkeypatch.setattr(corpora, "_tokenised", lambda tokenizer, texts: seen.append(texts) or really(tokenizer, texts))
+    monkeypatch.setattr(corpora, "_tokenised", lambda *given: seen.append(given) or really(*given))
     return seen
 
 
@@ -188,3 +188,35 @@ def test_a_cache_that_cannot_be_written_is_no_error(tokenizer, cache, monkeypatc
 
     monkeypatch.setattr(files, "written_whole", full)
     assert len(corpora.token_stream(tokenizer, TEXTS)) > 100
+
+
+@pytest.mark.parametrize("make", [calibration_tokens, evaluation_tokens])
+def test_each_window_begins_with_bos_if_one_says_so(tokenizer, make):
+    windows = make(tokenizer, TEXTS, 8, 16, bos="window")
+    assert windows.shape == (8, 16)
+    assert (windows == tokenizer.bos_token_id).nonzero().tolist() == [[row, 0] for row in range(8)]
+    bare = [row for text in TEXTS for row in tokenizer(text, add_special_tokens=False)["input_ids"]]
+    cut = {tuple(bare[start : start + 15]) for start in range(0, len(bare) - 14, 15)}
+    assert {tuple(row[1:]) for row in windows.tolist()} <= cut
+
+
+def test_bos_of_the_papers_corpora(tokenizer, hub_copies):
+    for name in ("wikitext2", "c4"):
+        windows = calibration_tokens(tokenizer, name, 4, 16, bos="window")
+        assert (windows == tokenizer.bos_token_id).sum(dim=1).tolist() == [1] * 4
+        assert (windows[:, 0] == tokenizer.bos_token_id).all()
+
+
+def test_bos_that_cannot_be(tokenizer):
+    with pytest.raises(ValueError, match="seqlen: expected at least 1"):
+        evaluation_tokens(tokenizer, TEXTS, 2, 1, bos="window")
+    without = copy.deepcopy(tokenizer)
+    without.bos_token = None
+    with pytest.raises(ValueError, match="bos: expected 'document', as the model's tokenizer has no"):
+        calibration_tokens(without, TEXTS, 2, 16, bos="window")
+
+
+@pytest.mark.usefixtures("untyped")
+def test_bos_is_one_of_two(tokenizer):
+    with pytest.raises(ValueError, match="bos: expected 'document' or 'window', received 'all'"):
+        calibration_tokens(tokenizer, TEXTS, 2, 16, bos="all")
