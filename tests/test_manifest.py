@@ -241,7 +241,7 @@ def test_where_begin_of_sequence_tokens_stand(tokenizer):
     assert record["windows_that_begin_with_bos"] == sum(row[0] == 0 for row in windows.tolist()) >= 1
     assert record["bos_in_all_windows"] == windows.flatten().tolist().count(0)
     assert "bos" not in manifest.windows_record(windows), "without a tokenizer nothing is known of it"
-    each = corpora.evaluation_tokens(tokenizer, TEXTS, 3, 16, bos="window")
+    each = sparselab.evaluation_tokens(tokenizer, TEXTS, 3, 16, bos="window")
     assert manifest.windows_record(each, tokenizer, "ptb")["bos"] == "one at the beginning of each window"
     assert manifest.windows_record(windows, tokenizer, "ptb")["bos"].startswith("as in the papers: one before all")
 
