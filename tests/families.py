@@ -39,8 +39,12 @@ FAMILIES: dict[str, tuple[str, dict]] = {
     "mixtral": ("mixtral", _SHAPE | {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "qwen2_moe": ("qwen2_moe", _SHAPE | _EXPERTS | {"shared_expert_intermediate_size": 24}),
     "qwen3_moe": ("qwen3_moe", _SHAPE | _EXPERTS | {"head_dim": 8}),
+    "gpt_oss": (
+        "gpt_oss",
+        _SHAPE | _WINDOW | {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 24},
+    ),
 }
-MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe")
+MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss")
 
 
 def tiny(family: str) -> PreTrainedModel:

@@ -114,8 +114,8 @@ class Decoder:
                 known = own in stacks(module) or isinstance(module, nn.modules.conv._ConvNd)
                 if len(shape) >= 3 and not vector and not known:
                     raise UnsupportedModelError(
-                        f"{name}.{own}: expected weights in linear layers, or experts' stacked as [experts, d_out, "
-                        f"d_in], received a parameter {tuple(shape)}; such models cannot be pruned yet"
+                        f"{name}.{own}: expected weights in linear layers, or experts' in stacks that "
+                        f"transformers tells of, received a parameter {tuple(shape)}; such models cannot be pruned yet"
                     )
 
     def check_whole(self) -> None:
@@ -239,11 +239,12 @@ def parameter_of(linear: Linear) -> Tensor:
 def weight_shape(linear: Linear) -> tuple[int, int]:
     """(d_out, d_in) of the layer's weight, wherever that is."""
     rows, columns = whole_shape(parameter_of(linear))[-2:]
-    return (columns, rows) if isinstance(linear, Conv1D) else (rows, columns)
+    transposed = linear.transposed if isinstance(linear, Expert) else isinstance(linear, Conv1D)
+    return (columns, rows) if transposed else (rows, columns)
 
 
 def read_weight(linear: Linear) -> Float[Tensor, "d_out d_in"]:
-    """The layer's weight as [d_out, d_in], not a copy; the transposed storage of `Conv1D` is undone here."""
+    """The layer's weight as [d_out, d_in], not a copy; transposed storage (`Conv1D`, some experts) is undone."""
     weight = linear.weight.detach()
     return weight.T if isinstance(linear, Conv1D) else weight
 

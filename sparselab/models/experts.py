@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from sparselab.models.zero import whole_shape
 
 See = Callable[[str, Tensor], None]
+_PRODUCTS = {F.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__}  # with inputs first and the weight second
 
 
 class Expert:
@@ -19,12 +21,13 @@ class Expert:
 
     Args:
         module: the experts.
-        name: of their stack in it, a parameter [experts, d_out, d_in].
+        name: of their stack in it, a parameter [experts, d_out, d_in], or [experts, d_in, d_out] if `transposed`.
         index: of the expert.
     """
 
     def __init__(self, module: nn.Module, name: str, index: int) -> None:
         self._module, self._name, self._index = module, name, index
+        self.transposed = bool(module.is_transposed)
 
     @property
     def stack(self) -> nn.Parameter:
@@ -34,13 +37,14 @@ class Expert:
     @property
     def weight(self) -> Float[Tensor, "d_out d_in"]:
         """Its matrix, a view of the stack."""
-        return self.stack[self._index]
+        weight = self.stack[self._index]
+        return weight.T if self.transposed else weight
 
 
 def stacks(module: nn.Module) -> list[str]:
-    """Names of a module's own parameters in which experts' matrices [d_out, d_in] are stacked."""
+    """Names of a module's own parameters in which experts' matrices are stacked."""
     # transformers says so of every module whose experts it can run in more than one way
-    if getattr(module, "is_transposed", None) is not False:
+    if getattr(module, "is_transposed", None) is None:
         return []
     return [name for name, parameter in module.named_parameters(recurse=False) if len(whole_shape(parameter)) == 3]
 
@@ -97,9 +101,8 @@ class _Watch(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is F.linear:
-            inputs = args[0] if args else kwargs["input"]
-            weight = args[1] if len(args) > 1 else kwargs["weight"]
+        if func in _PRODUCTS:
+            inputs, weight = (*args, *kwargs.values())[:2]
             if name := self._names.get(weight.data_ptr()):
                 self._see(name, inputs)
         return func(*args, **kwargs)

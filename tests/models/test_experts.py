@@ -30,6 +30,14 @@ def routed(model, tokens, index):
     return {expert: hidden[(chosen == expert).any(dim=1)] for expert in range(4)}
 
 
+def inside(experts, expert, inputs):
+    """What enters the expert's second matrix."""
+    if experts.is_transposed:
+        return experts._apply_gate(inputs @ experts.gate_up_proj[expert] + experts.gate_up_proj_bias[expert])
+    gate, value = F.linear(inputs, experts.gate_up_proj[expert]).chunk(2, dim=-1)
+    return experts.act_fn(gate) * value
+
+
 def test_statistics_are_those_of_the_tokens_routed_to_each(mixture):
     seen = collect(mixture, MANY, **QUIET)
     assert mixture.config._experts_implementation == "grouped_mm", "as it was"
@@ -40,8 +48,7 @@ def test_statistics_are_those_of_the_tokens_routed_to_each(mixture):
             up = seen[f"{prefix}.gate_up_proj.{expert}"]
             assert up.tokens == len(inputs)
             torch.testing.assert_close(up.hessian, inputs.T @ inputs, rtol=1e-4, atol=1e-4)
-            gate, value = F.linear(inputs, experts.gate_up_proj[expert]).chunk(2, dim=-1)
-            inner = experts.act_fn(gate) * value
+            inner = inside(experts, expert, inputs)
             down = seen[f"{prefix}.down_proj.{expert}"]
             torch.testing.assert_close(down.hessian, inner.T @ inner, rtol=1e-4, atol=1e-6)
 
