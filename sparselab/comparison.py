@@ -107,14 +107,18 @@ class Comparison:
     made: manifest.Manifest | None = None
 
     @property
-    def caption(self) -> str:
-        """What every figure and table has to state."""
+    def about(self) -> str:
+        """What every figure has to state."""
         config = self.config
         over = "windows" if len(config.seeds) == 1 else "windows and seeds"
-        text = f"{caption(self.model, config, config.nsamples, config.seeds)}; perplexity ± standard error over {over}"
-        if set(config.methods) == {config.baseline}:
-            return text
-        return f"{text}; difference: log perplexity minus {config.baseline}'s, ± half of its 95% interval"
+        return f"{caption(self.model, config, config.nsamples, config.seeds)}; perplexity ± standard error over {over}"
+
+    @property
+    def caption(self) -> str:
+        """What the table has to state."""
+        if set(self.config.methods) == {self.config.baseline}:
+            return self.about
+        return f"{self.about}; difference: log perplexity minus {self.config.baseline}'s, ± half of its 95% interval"
 
     @property
     def table(self) -> pd.DataFrame:
