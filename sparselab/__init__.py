@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from sparselab.evaluation import Perplexity, bits_per_byte, perplexity
     from sparselab.gradual import prune_gradually
     from sparselab.inheritance import block_errors
+    from sparselab.inspection import inspect_checkpoint
     from sparselab.models import load, stream
     from sparselab.outliers import owl
     from sparselab.pruners import Magnitude, SparseGPT, Wanda
@@ -39,6 +40,7 @@ _HOME = {
     "compare": "comparison",
     "difference": "uncertainty",
     "evaluation_tokens": "corpora",
+    "inspect_checkpoint": "inspection",
     "layer_quality": "quality",
     "load": "models",
     "owl": "outliers",
@@ -64,6 +66,7 @@ __all__ = [
     "compare",
     "difference",
     "evaluation_tokens",
+    "inspect_checkpoint",
     "layer_quality",
     "load",
     "owl",

@@ -24,7 +24,7 @@ def build_parser(runs: Runs) -> argparse.ArgumentParser:
     """The parser of the command line; its result has the command's function as `run`.
 
     Args:
-        runs: a function for each of the commands compare, prune, eval, replay, bench and train.
+        runs: a function for each of the commands compare, prune, eval, inspect, replay, bench and train.
     """
     parser = argparse.ArgumentParser(
         prog="sparselab", description="One-shot pruning of language models: magnitude, Wanda and SparseGPT, measured."
@@ -34,6 +34,7 @@ def build_parser(runs: Runs) -> argparse.ArgumentParser:
     _add_compare(commands, runs)
     _add_prune(commands, runs)
     _add_eval(commands, runs)
+    _add_inspect(commands, runs)
     _add_replay(commands, runs)
     _add_bench(commands, runs)
     _add_train(commands, runs)
@@ -125,6 +126,20 @@ def _add_eval(commands: Any, runs: Runs) -> None:
     _add_spill(parser)
     _add_batch_size(parser)
     _add_machine(parser)
+
+
+def _add_inspect(commands: Any, runs: Runs) -> None:
+    parser = _command(
+        commands, "inspect", runs, "count zeros, patterns and bytes in a checkpoint, layer by layer",
+        "sparselab inspect tiny-24",
+    )  # fmt: skip
+    parser.description = (
+        "Read a checkpoint block by block: what share of each layer is zero, which of 1:4, 2:4 and 4:8 all its groups "
+        "keep, how many groups of four keep more than two weights (crowded), its bytes, and those it would take as a "
+        "bitmask or in 2:4 form; then the whole checkpoint, and what its manifest says. Exit code 1 if files are not "
+        "as the manifest says."
+    )
+    _add_model(parser)
 
 
 def _add_replay(commands: Any, runs: Runs) -> None:

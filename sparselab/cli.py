@@ -45,6 +45,7 @@ def _runs() -> Runs:
         "compare": _compare,
         "prune": _prune,
         "eval": _eval,
+        "inspect": _inspect,
         "replay": _replay,
         "bench": _bench,
         "train": _train,
@@ -194,6 +195,18 @@ def _eval(options: argparse.Namespace) -> None:
         f"({len(tokens)} windows of {options.seqlen} tokens of {sources.describe(options.dataset)})"
         + (f"; written to {options.out}" if options.out else "")
     )
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    from sparselab.errors import OutputError
+    from sparselab.inspection import inspect_checkpoint
+
+    found = inspect_checkpoint(options.model, trust_remote_code=options.trust_remote_code)
+    _say(str(found))
+    if found.damaged:
+        raise OutputError(
+            f"{options.model}: {found.damaged[0]} is not the file that its manifest speaks of; make or fetch it again"
+        )
 
 
 def _replay(options: argparse.Namespace) -> None:

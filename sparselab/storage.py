@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from sparselab import solvers
 
 Parts = dict[str, Tensor]
+TWO_OF_FOUR = solvers.NM(2, 4)
 
 
 @dataclass(frozen=True)
@@ -56,10 +57,37 @@ def encode(weight: Float[Tensor, "d_out d_in"], form: str) -> Encoded:
     Raises:
         ValueError: an unknown form, or a weight that is not 2:4 in that form: prune it with sparsity "2:4".
     """
-    if form not in FORMS:
-        raise ValueError(f"form: expected one of {', '.join(FORMS)}, received {form!r}")
+    _check_form(form)
     d_out, d_in = weight.shape
     return Encoded(form, (d_out, d_in), FORMS[form][0](weight.detach()))
+
+
+def encoded_bytes(weight: Float[Tensor, "d_out d_in"], form: str) -> int:
+    """What `encode(weight, form).nbytes` is, without encoding: a count of the weights that are not zero is enough.
+
+    Raises:
+        ValueError: see `encode`.
+    """
+    n, b = weight.numel(), weight.element_size()
+    if form == "dense":
+        return n * b
+    if form == "2:4":
+        _check_two_of_four(weight)
+        return n // 2 * b + -(-n // 8)
+    _check_form(form)
+    kept = int(weight.count_nonzero())
+    return kept * b + -(-n // 8) if form == "bitmask" else kept * (b + 4) + 4 * (len(weight) + 1)
+
+
+def crowded_groups(weight: Float[Tensor, "d_out d_in"], pattern: solvers.NM) -> int:
+    """How many groups of consecutive inputs keep more weights than N:M lets them.
+
+    Raises:
+        ValueError: M does not divide d_in.
+    """
+    pattern.check(weight.shape[1], pattern.group)
+    kept = (weight != 0).reshape(-1, pattern.group).sum(dim=1)
+    return int((kept > pattern.kept).sum())
 
 
 def decode(encoded: Encoded) -> Float[Tensor, "d_out d_in"]:
@@ -131,6 +159,11 @@ def _from_csr(parts: Parts, shape: tuple[int, int]) -> Tensor:
     return weight
 
 
+def _check_form(form: str) -> None:
+    if form not in FORMS:
+        raise ValueError(f"form: expected one of {', '.join(FORMS)}, received {form!r}")
+
+
 def _to_bitmask(weight: Tensor) -> Parts:
     places = weight != 0
     return {"mask": _pack(places.flatten().byte(), 1), "values": weight[places]}
@@ -144,16 +177,20 @@ def _from_bitmask(parts: Parts, shape: tuple[int, int]) -> Tensor:
 
 
 def _to_two_of_four(weight: Tensor) -> Parts:
-    if weight.shape[1] % 4:
-        raise ValueError(f"2:4: expected d_in to be a multiple of 4, received {weight.shape[1]}")
+    _check_two_of_four(weight)
     groups = weight.reshape(-1, 4)
-    if full := int(((groups != 0).sum(dim=1) > 2).sum()):
-        raise ValueError(
-            f'2:4: expected at most two of every four weights, received {full} groups with more; prune with "2:4"'
-        )
     # The first two that are not zero; zeros are taken along where there are fewer.
     places = (groups == 0).byte().argsort(dim=1, stable=True)[:, :2].sort(dim=1).values
     return {"places": _pack(places.flatten().byte(), 2), "values": groups.gather(1, places).flatten()}
+
+
+def _check_two_of_four(weight: Tensor) -> None:
+    if weight.shape[1] % 4:
+        raise ValueError(f"2:4: expected d_in to be a multiple of 4, received {weight.shape[1]}")
+    if full := crowded_groups(weight, TWO_OF_FOUR):
+        raise ValueError(
+            f'2:4: expected at most two of every four weights, received {full} groups with more; prune with "2:4"'
+        )
 
 
 def _from_two_of_four(parts: Parts, shape: tuple[int, int]) -> Tensor:
@@ -181,7 +218,7 @@ def _shifts(like: Tensor, bits: int) -> Tensor:
 
 def _smaller(value: Tensor) -> int:
     """Bytes of a tensor of a checkpoint, as a bitmask if it is a matrix and that is smaller."""
-    return min(value.nbytes, encode(value, "bitmask").nbytes) if value.ndim == 2 else value.nbytes
+    return min(value.nbytes, encoded_bytes(value, "bitmask")) if value.ndim == 2 else value.nbytes
 
 
 def _compressed_size(path: Path) -> int:
