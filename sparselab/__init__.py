@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from sparselab.pruning import Report, prune
     from sparselab.quality import layer_quality
     from sparselab.recovery import recover
+    from sparselab.saving import check_saved
     from sparselab.streaming import prune_checkpoint
     from sparselab.training import train
     from sparselab.uncertainty import difference
@@ -36,6 +37,7 @@ _HOME = {
     "bits_per_byte": "evaluation",
     "block_errors": "inheritance",
     "calibration_tokens": "corpora",
+    "check_saved": "saving",
     "collect": "calibration",
     "compare": "comparison",
     "difference": "uncertainty",
@@ -62,6 +64,7 @@ __all__ = [
     "bits_per_byte",
     "block_errors",
     "calibration_tokens",
+    "check_saved",
     "collect",
     "compare",
     "difference",

@@ -14,16 +14,17 @@ from typing import Any
 
 import pandas as pd
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from sparselab import files, manifest, preflight, sources
+from sparselab.calibration import advance_streams, enter
 from sparselab.errors import OutputError, UnsupportedModelError
 from sparselab.journal import Journal, read_journal
 from sparselab.methods import Settings
-from sparselab.models.blocks import Decoder
+from sparselab.models.blocks import Decoder, evaluating
 from sparselab.models.checkpoint import INDEX, checksum, write_index, write_shard
 from sparselab.models.inputs import check_tokens
 from sparselab.models.loading import quiet
@@ -31,6 +32,7 @@ from sparselab.models.streamed import StreamedModel
 from sparselab.progress import Progress
 from sparselab.pruning import Report, check_calib, check_model, walk_all
 from sparselab.ranks import Ranks
+from sparselab.saving import check_logits, open_again, window_to_check
 from sparselab.walk import Row
 
 _CARD = """# {name}, pruned
@@ -75,6 +77,9 @@ def prune_checkpoint(
     One block at a time is read, pruned as `prune` would, and written. Killed at any moment, it goes on after the last
     block that was written, with the same weights in the end as if it had not been.
 
+    Each file is read back when it is written. The whole is opened again before it takes its place: on a few tokens its
+    own forward has to give the logits of the model at hand with the pruned blocks in it.
+
     Args:
         model, tokenizer: from `stream`.
         calib: token windows; see `prune`. None for magnitude, whose layer errors are then not known.
@@ -96,7 +101,7 @@ def prune_checkpoint(
 
     Raises:
         OutputError: `out` cannot be written, another process writes to it, or it holds what an earlier call has
-            finished: without `resume`, or of other settings or inputs.
+            finished: without `resume`, or of other settings or inputs; or what was written is not what is read back.
         ModelLoadError: a file is damaged.
         NotEnoughMemoryError: see `force`.
         LostRankError: another process has ended.
@@ -154,9 +159,12 @@ def prune_checkpoint(
         if hidden:
             shutil.rmtree(hidden)
         ranks.wait(decoder.device)
-        if journal:
+        window = window_to_check(decoder, windows)
+        logits = shards.logits(window) if ranks.leads or decoder.residence.collective else None
+        if journal and logits is not None:
             shards.finish()
             _describe(folder, model, tokenizer, report, made)
+            check_logits(out, logits, open_again(model.model, folder, decoder.device), window)
             made["machine"] |= {"resumed_after_blocks": shards.done} if shards.done else {}
             sums = {entry["file"]: entry["sha256"] for entry in journal.entries}
             manifest.finish(folder, made, {"layers": report.layers, "checksums": sums}, ["report.csv"])
@@ -233,6 +241,17 @@ class _Shards:
                 self._journal.append({"block": None, "file": name, "sha256": digest, "rows": []})
         stored = {shard: self._model.layout.in_files(self._absent(shard)) for shard in self._shards}
         write_index(self._folder, {shard: {n: t.nbytes for n, t in named.items()} for shard, named in stored.items()})
+
+    def logits(self, window: Int[Tensor, "1 seqlen"]) -> Float[Tensor, "1 seqlen vocab"]:
+        """Of the model at hand, replayed, with the blocks that were written in place of its own."""
+        with evaluating(self._decoder.model):
+            streams = enter(self._decoder, window, None)
+            for index in range(len(self._decoder.blocks)):
+                with self._decoder.block(index) as block:
+                    self.restore(index, block)
+                    advance_streams(self._decoder, index, streams)
+            with self._decoder.outside():
+                return self._decoder.head(streams[0].hidden)
 
     def _undamaged(self, journal: Journal) -> int:
         """How many blocks' files are as they were written, one after the other; what else lies there is removed."""

@@ -40,9 +40,8 @@ def test_everything_works_without_optional_packages():
 def test_public_names():
     assert set(sparselab.__all__) == {
         "Magnitude", "Perplexity", "Report", "SparseGPT", "Wanda", "bits_per_byte", "block_errors",
-        "calibration_tokens", "collect", "compare", "difference", "evaluation_tokens", "inspect_checkpoint",
-        "layer_quality", "load", "owl",
-        "perplexity", "prune",
+        "calibration_tokens", "check_saved", "collect", "compare", "difference", "evaluation_tokens",
+        "inspect_checkpoint", "layer_quality", "load", "owl", "perplexity", "prune",
         "prune_checkpoint", "prune_gradually", "recover", "solvers", "stream", "train",
     }  # fmt: skip
     for name in sparselab.__all__:

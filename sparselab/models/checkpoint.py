@@ -68,18 +68,32 @@ class Checkpoint:
 
 
 def write_shard(path: Path, tensors: dict[str, Tensor]) -> str:
-    """Write tensors to a file, whole or not at all; returns its checksum (SHA-256).
+    """Write tensors to a file, whole or not at all, and read them back; returns its checksum (SHA-256).
 
     Raises:
-        OutputError: it cannot be written, as on a full disk.
+        OutputError: it cannot be written, as on a full disk, or holds other bits than it was given.
     """
     ready = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
     try:
         with files.written_whole(path) as partial:
             save_file(ready, partial, metadata={"format": "pt"})
+            _check_bits(partial, path, ready)
             return checksum(partial)
     except (OSError, SafetensorError) as error:
         raise OutputError(f"{path}: cannot be written ({error}); make room, and go on with --resume") from error
+
+
+def _check_bits(written: Path, path: Path, expected: dict[str, Tensor]) -> None:
+    with safe_open(written, framework="pt") as file:
+        for name, tensor in expected.items():
+            found = file.get_tensor(name)
+            same = (found.dtype, found.shape) == (tensor.dtype, tensor.shape)
+            if not same or not torch.equal(_bits(found), _bits(tensor)):
+                raise OutputError(f"{path}: {name} was read back with other bits; check the drive, and try again")
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1).view(torch.uint8)  # in which NaN is like NaN, and −0 is not 0
 
 
 def write_index(folder: Path, shards: dict[str, dict[str, int]]) -> None:
