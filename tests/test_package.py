@@ -41,7 +41,7 @@ def test_public_names():
     assert set(sparselab.__all__) == {
         "Magnitude", "Perplexity", "Report", "SparseGPT", "Wanda", "bits_per_byte", "block_errors",
         "calibration_tokens", "collect", "compare", "difference", "evaluation_tokens", "layer_quality", "load", "owl",
-        "perplexity", "prune",
+        "papers_table", "perplexity", "prune",
         "prune_checkpoint", "prune_gradually", "recover", "solvers", "stream", "train",
     }  # fmt: skip
     for name in sparselab.__all__:
