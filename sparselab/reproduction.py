@@ -157,7 +157,7 @@ def papers_table(
     bench, known = _Bench(model, tokenizer, config), papers.published(name)
     made = _begun(bench, config, name, request)
     if out is not None:
-        journal = Journal(out / files.JOURNAL, {**made["inputs"], "versions": made["versions"]}, resume)
+        journal = Journal(out / files.JOURNAL, _identity(made), resume)
         if journal.damage:
             tell(journal.damage)
         bench.keep_in(journal)
@@ -237,6 +237,21 @@ def _begun(bench: _Bench, config: TableConfig, name: str, request: manifest.Requ
     return manifest.begin("table", settings, inputs, manifest.machine_record(device, model.dtype), request)
 
 
+def _identity(made: manifest.Manifest) -> dict[str, Any]:
+    """What has to be the same for an interrupted table to go on, short enough to be told."""
+    texts = {name: record for name, record in made["inputs"].items() if name != "model"}
+    model = made["inputs"]["model"]
+    return {
+        "model": f"{model['weights'][:16]}, {model['config'][:16]}",
+        **{
+            name: f"{record['windows']} × {record['seqlen']} tokens of {record['dataset']} ({record['sha256'][:16]})"
+            for name, record in texts.items()
+        },
+        "device": made["machine"]["device"],
+        "versions": made["versions"],
+    }
+
+
 def _about_dense(row: Row) -> str:
     """A line for the screen."""
     text = f"dense on {row['dataset']}: {row['perplexity']:.2f} ± {row['stderr']:.2f}; "
@@ -245,10 +260,7 @@ def _about_dense(row: Row) -> str:
     text += f"published {row['published']:g} ({row['source']}): {row['verdict']}"
     if row["verdict"] != DIFFERS:
         return text
-    return (
-        f"{text} by {_per_cent(row['difference'])}; find out why before you trust what follows: is it this model, its "
-        "tokenizer, this text, a version of transformers that is tested?"
-    )
+    return f"{text} by {_per_cent(row['difference'])}; look at model, tokenizer and text before you trust what follows"
 
 
 def _per_cent(value: float) -> str:
