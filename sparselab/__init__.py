@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from sparselab.pruning import Report, prune
     from sparselab.quality import layer_quality
     from sparselab.recovery import recover
+    from sparselab.reproduction import papers_table
     from sparselab.saving import check_saved
     from sparselab.streaming import prune_checkpoint
     from sparselab.training import train
@@ -46,6 +47,7 @@ _HOME = {
     "layer_quality": "quality",
     "load": "models",
     "owl": "outliers",
+    "papers_table": "reproduction",
     "perplexity": "evaluation",
     "prune": "pruning",
     "prune_checkpoint": "streaming",
@@ -73,6 +75,7 @@ __all__ = [
     "layer_quality",
     "load",
     "owl",
+    "papers_table",
     "perplexity",
     "prune",
     "prune_checkpoint",

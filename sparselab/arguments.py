@@ -24,7 +24,7 @@ def build_parser(runs: Runs) -> argparse.ArgumentParser:
     """The parser of the command line; its result has the command's function as `run`.
 
     Args:
-        runs: a function for each of the commands compare, prune, eval, inspect, replay, bench and train.
+        runs: a function for each of the commands compare, table, prune, eval, inspect, replay, bench and train.
     """
     parser = argparse.ArgumentParser(
         prog="sparselab", description="One-shot pruning of language models: magnitude, Wanda and SparseGPT, measured."
@@ -32,6 +32,7 @@ def build_parser(runs: Runs) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"sparselab {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     _add_compare(commands, runs)
+    _add_table(commands, runs)
     _add_prune(commands, runs)
     _add_eval(commands, runs)
     _add_inspect(commands, runs)
@@ -48,24 +49,39 @@ def _add_compare(commands: Any, runs: Runs) -> None:
     )  # fmt: skip
     _add_model(parser, optional=True)
     _add_output(parser, "folder for runs.csv, layers.csv and figures")
-    parser.add_argument(
-        "--methods",
-        nargs="+",
-        type=_method,
-        default=["magnitude", "wanda", "sparsegpt"],
-        metavar="M",
-        help=f"{_METHODS} (default: magnitude wanda sparsegpt)",
-    )
-    parser.add_argument(
-        "--sparsity", nargs="+", type=_sparsity, default=["50%", "60%", "70%", "2:4"],
-        help="fractions, percentages or N:M (default: 50%% 60%% 70%% 2:4)", metavar="S",
-    )  # fmt: skip
+    _add_grid(parser, ["50%", "60%", "70%", "2:4"])
     _add_solver(parser)
     _add_calibration(parser, seeds=True)
+    _add_bos(parser)
     parser.add_argument(
         "--eval-dataset", type=_dataset, default="stdlib", help="text to evaluate on (default: stdlib, held-out part)"
     )
     parser.add_argument("--eval-nsamples", type=_at_least(1), default=400, help="evaluation windows (default: 400)")
+    _add_machine(parser)
+
+
+def _add_table(commands: Any, runs: Runs) -> None:
+    parser = _command(
+        commands, "table", runs, "make the papers' tables for a model, beside the published figures",
+        "sparselab table facebook/opt-125m --out opt",
+    )  # fmt: skip
+    parser.description = (
+        "Prune a model by every method and pattern, and measure each on every text as the papers do; the dense model "
+        "first. Verdicts beside published figures: 'agrees', within 2% (dense: 0.5%; draws of calibration text move "
+        "SparseGPT at 50% by 0.5%); 'differs'; 'not comparable', and what was done otherwise, or because the dense "
+        "model differs; 'order only' for magnitude, on whose figures papers do not agree; none where nothing is "
+        "published. For other patterns than 50% it is not known what draws do: try other seeds there."
+    )
+    _add_model(parser)
+    _add_output(parser, "folder for table.csv and table.md")
+    parser.add_argument("--resume", action="store_true", help="go on where an interrupted table stopped, if one did")
+    _add_grid(parser, ["50%", "4:8", "2:4"])
+    _add_calibration(parser, dataset="c4", seqlen=None)
+    parser.add_argument(
+        "--eval-dataset", nargs="+", type=_dataset, default=list(PAPERS), metavar="TEXT",
+        help=f"texts to evaluate on (default: {' '.join(PAPERS)})",
+    )  # fmt: skip
+    parser.add_argument("--eval-nsamples", type=_at_least(1), help="evaluation windows of each (default: all)")
     _add_machine(parser)
 
 
@@ -109,6 +125,7 @@ def _add_prune(commands: Any, runs: Runs) -> None:
     )
     _add_solver(parser)
     _add_calibration(parser)
+    _add_bos(parser)
     _add_batch_size(parser)
     _add_machine(parser)
 
@@ -146,13 +163,14 @@ def _add_replay(commands: Any, runs: Runs) -> None:
     from sparselab.files import STAMP
 
     parser = _command(
-        commands, "replay", runs, "run compare, prune or eval again as a manifest says, and compare the numbers",
+        commands, "replay", runs, "run a command again as a manifest says, and compare the numbers",
         "sparselab replay demo --tolerance 1e-4",
     )  # fmt: skip
     parser.description = (
-        f"Run compare, prune or eval again as a manifest says ({STAMP}, in every output), and compare: first model, "
-        "text and settings, then versions and machine, then the numbers. If other things would go in, other weights "
-        "or the text of another Python's library, nothing is run without --force. Seconds and memory are not compared. "
+        f"Run compare, table, prune or eval again as a manifest says ({STAMP}, in every output), and compare: first "
+        "model, text and settings, then versions and machine, then the numbers. If other things would go in, other "
+        "weights or the text of another Python's library, nothing is run without --force. Seconds and memory are not "
+        "compared. "
         "Relative paths in the manifest are read from the current folder. Exit code: 0 it agrees, 1 it does not or "
         "failed, 2 wrong usage."
     )
@@ -183,6 +201,7 @@ def _add_bench(commands: Any, runs: Runs) -> None:
     parser.add_argument("--repeats", type=_at_least(1), default=5, help="rounds that count (default: 5)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="keep the record there, and its tables beside it")
     _add_calibration(parser)
+    _add_bos(parser)
     _add_machine(parser)
 
 
@@ -236,6 +255,18 @@ def _add_output(parser: argparse.ArgumentParser, what: str, needed: bool = True)
     parser.add_argument("--overwrite", action="store_true", help="replace what an earlier run wrote there")
 
 
+def _add_grid(parser: argparse.ArgumentParser, patterns: list[str]) -> None:
+    methods, shown = ["magnitude", "wanda", "sparsegpt"], " ".join(patterns).replace("%", "%%")
+    parser.add_argument(
+        "--methods", nargs="+", type=_method, default=methods, metavar="M",
+        help=f"{_METHODS} (default: {' '.join(methods)})",
+    )  # fmt: skip
+    parser.add_argument(
+        "--sparsity", nargs="+", type=_sparsity, default=patterns, metavar="S",
+        help=f"fractions, percentages or N:M (default: {shown})",
+    )  # fmt: skip
+
+
 def _add_solver(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--percdamp", type=_at_least(0, float), default=0.01, help="damping, of the mean diagonal (default: 0.01)"
@@ -258,11 +289,15 @@ def _add_kernel(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_calibration(parser: argparse.ArgumentParser, seeds: bool = False) -> None:
-    parser.add_argument("--dataset", type=_dataset, default="stdlib", help=f"calibration text: {_TEXTS}")
+def _add_calibration(
+    parser: argparse.ArgumentParser, seeds: bool = False, dataset: str = "stdlib", seqlen: int | None = 256
+) -> None:
+    context = "2048, or the model's context if that is shorter"
+    parser.add_argument("--dataset", type=_dataset, default=dataset, help=f"calibration text: {_TEXTS}")
     parser.add_argument("--nsamples", type=_at_least(1), default=128, help="calibration windows (default: 128)")
-    parser.add_argument("--seqlen", type=_at_least(1), default=256, help="tokens a window (default: 256)")
-    _add_bos(parser)
+    parser.add_argument(
+        "--seqlen", type=_at_least(1), default=seqlen, help=f"tokens a window (default: {seqlen or context})"
+    )
     if seeds:
         parser.add_argument(
             "--seed", nargs="+", type=_at_least(0), default=[0], help="one draw or several to average over (default: 0)"

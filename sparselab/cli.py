@@ -43,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _runs() -> Runs:
     return {
         "compare": _compare,
+        "table": _table,
         "prune": _prune,
         "eval": _eval,
         "inspect": _inspect,
@@ -111,6 +112,31 @@ def _compare(options: argparse.Namespace) -> None:
         result.save(folder)
     _say("\n" + result.table.to_string(index=False) + "\n\n" + result.caption)
     _say(f"Written to {options.out}: runs.csv, runs.md, layers.csv, {', '.join(drawn)}")
+
+
+def _table(options: argparse.Namespace) -> None:
+    from sparselab import files
+    from sparselab.models import load
+    from sparselab.reproduction import TableConfig, papers_table
+
+    config = TableConfig(
+        methods=tuple(options.methods),
+        sparsities=tuple(str(pattern) for pattern in options.sparsity),
+        dataset=options.dataset,
+        eval_datasets=tuple(options.eval_dataset),
+        nsamples=options.nsamples,
+        eval_nsamples=options.eval_nsamples,
+        seqlen=options.seqlen,
+        seed=options.seed,
+    )
+    with files.resumable_output(options.out, options.overwrite, _inputs(options)) as folder:
+        model, tokenizer = load(
+            options.model, options.device, options.dtype, trust_remote_code=options.trust_remote_code
+        )
+        given = model, tokenizer, config, options.model, folder
+        result = papers_table(*given, resume=options.resume, tell=_say, request=_request(options))
+    _say("\n" + result.table.to_string(index=False) + "\n\n" + result.caption)
+    _say(f"Written to {options.out}: table.csv, table.md")
 
 
 def _prune(options: argparse.Namespace) -> None:
@@ -303,6 +329,7 @@ def _inputs(options: argparse.Namespace) -> list[str | Path]:
     """Files and folders that a command reads, as far as its arguments name them."""
     from sparselab.models.loading import tiny_folder
 
-    texts = [options.dataset, getattr(options, "eval_dataset", "stdlib")]
+    texts = getattr(options, "eval_dataset", [])
+    texts = [options.dataset, *([texts] if isinstance(texts, str) else texts)]
     model = tiny_folder() if options.model == "tiny" else options.model
     return [path for path in (model, *texts) if path and path != "stdlib"]

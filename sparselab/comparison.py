@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sparselab import files, manifest, sources
 from sparselab.errors import SingularHessianError
 from sparselab.evaluation import perplexity
-from sparselab.experiment import RunConfig, TextConfig, Workbench
+from sparselab.experiment import RunConfig, TextConfig, Workbench, check_several
 from sparselab.methods import find
 from sparselab.models.blocks import Decoder, evaluating
 from sparselab.models.inputs import batches, check_tokens
@@ -56,11 +56,8 @@ class CompareConfig(TextConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("methods", "sparsities", "seeds"):
-            if isinstance(getattr(self, name), str) or not isinstance(getattr(self, name), Sequence):
-                raise TypeError(f"{name}: expected several in a tuple, received {getattr(self, name)!r}")
-        if not self.runs():
-            raise ValueError("methods, sparsities, seeds: expected at least one of each, received none")
+        check_several(self, "methods", "sparsities", "seeds")
+        self.runs()  # each of which checks itself
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds: expected different ones, received {', '.join(map(str, self.seeds))}")
 

@@ -22,10 +22,10 @@ from sparselab.calibration import Collected, collect, collect_nested
 from sparselab.errors import SingularHessianError
 from sparselab.evaluation import Perplexity, perplexity
 from sparselab.methods import Settings, find
-from sparselab.models.blocks import Decoder, find_linears, read_weight, write_weight
+from sparselab.models.blocks import Decoder, find_linears, read_weight
 from sparselab.progress import Progress
 from sparselab.pruning import Report, prune
-from sparselab.quality import copy_weights, layer_quality
+from sparselab.quality import copy_weights, dense_again, layer_quality
 from sparselab.solvers import relative_error
 from sparselab.uncertainty import Interval, difference
 
@@ -40,7 +40,7 @@ class TextConfig:
 
     Args:
         dataset: calibration text, see `sources.source`.
-        eval_dataset: evaluation text; "stdlib" is read on its held-out side.
+        eval_dataset: evaluation text; "stdlib" and the papers' are read on their held-out side.
         seqlen: tokens a window, for both.
         eval_nsamples: evaluation windows.
         bos: "document" or "window", see `corpora.calibration_tokens`.
@@ -56,11 +56,16 @@ class TextConfig:
         for name, least in (("seqlen", 2), ("eval_nsamples", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}: expected at least {least}, received {getattr(self, name)}")
-        if self.dataset == self.eval_dataset != "stdlib":
-            raise ValueError(
-                f"dataset: calibration and evaluation would both read {sources.describe(self.dataset)}; "
-                "name another text for one of them"
-            )
+        sources.check_apart(self.dataset, self.eval_dataset)
+
+
+def check_several(config: object, *names: str) -> None:
+    """Raise TypeError or ValueError unless each of these settings is a tuple of one or more."""
+    for name in names:
+        if isinstance(value := getattr(config, name), str) or not isinstance(value, Sequence):
+            raise TypeError(f"{name}: expected several in a tuple, received {value!r}")
+    if not all(getattr(config, name) for name in names):
+        raise ValueError(f"{', '.join(names)}: expected at least one of each, received none")
 
 
 @dataclass(frozen=True)
@@ -218,12 +223,10 @@ class Workbench:
         if (known := self.finished(config)) is not None:
             return known
         try:
-            result = self._compute(config, progress)
+            with dense_again(self.model, self._dense_weights):
+                result = self._compute(config, progress)
         except SingularHessianError as error:
             result = Result(_described(config) | {"failure": str(error)}, [])
-        finally:
-            for layer, linear in self._decoder.linears().items():
-                write_weight(linear, self._dense_weights[layer])
         if self.folder is not None:
             write_result(self._path(self.folder, config), self._identity | {"text": asdict(self.text)}, result)
         self._results[config] = result

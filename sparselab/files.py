@@ -25,6 +25,7 @@ STAMP = "sparselab.json"
 # In the folder of work that can be taken up again, says what of it is done.
 JOURNAL = "journal.jsonl"
 _LOCK = ".lock"
+_PACKAGE = Path(__file__).resolve().parent
 # Whose versions may change a result.
 _PACKAGES = ("sparselab", "torch", "transformers", "tokenizers", "numpy", "safetensors", "numba")
 
@@ -216,6 +217,16 @@ def write_text(path: Path, text: str) -> None:
 def cache_folder() -> Path:
     """Where things lie that can be made again at any time: `$SPARSELAB_CACHE`, or `~/.cache/sparselab`."""
     return Path(os.environ.get("SPARSELAB_CACHE") or Path.home() / ".cache" / "sparselab")
+
+
+def bundled(name: str) -> Path:
+    """Where something lies that comes with the package: inside it once it is installed, or beside it in a checkout.
+
+    Args:
+        name: its path in a checkout, such as "data/tiny"; pyproject.toml puts it at the same path in the package.
+    """
+    installed = _PACKAGE / name
+    return installed if installed.exists() else _PACKAGE.parent / name
 
 
 def markdown_table(table: "pd.DataFrame") -> str:

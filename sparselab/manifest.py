@@ -40,6 +40,7 @@ Manifest = dict[str, Any]
 # Commands whose outputs can be made again, and what has to be known for that.
 REPLAYED = {
     "compare": ("model", "dataset", "eval_dataset"),
+    "table": ("model", "dataset"),
     "prune": ("model", "dataset"),
     "eval": ("model", "dataset"),
 }
@@ -150,7 +151,7 @@ def read(path: str | Path) -> Manifest:
     """
     given = Path(path)
     place = given / files.STAMP if given.is_dir() else given
-    expected = f"{path}: expected an output of compare, prune or eval with its {files.STAMP}, or that file"
+    expected = f"{path}: expected an output of compare, table, prune or eval with its {files.STAMP}, or that file"
     try:
         manifest = json.loads(place.read_text(encoding="utf-8"))
     except OSError as error:

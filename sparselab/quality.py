@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import pandas as pd
@@ -11,7 +12,7 @@ from transformers import PreTrainedModel
 
 from sparselab.calibration import Stream, advance_streams, enter, observe
 from sparselab.errors import naming
-from sparselab.models.blocks import Decoder, evaluating, find_linears, read_weight, weight_shape
+from sparselab.models.blocks import Decoder, evaluating, find_linears, read_weight, weight_shape, write_weight
 from sparselab.models.inputs import check_tokens
 from sparselab.models.streamed import StreamedModel
 from sparselab.progress import Progress, tracked
@@ -32,6 +33,21 @@ def copy_weights(model: PreTrainedModel | StreamedModel) -> Weights:
             for name, linear in find_linears(block).items():
                 weights[f"{decoder.block_prefix(index)}{name}"] = read_weight(linear).clone()
     return weights
+
+
+@contextmanager
+def dense_again(model: PreTrainedModel, dense_weights: Weights) -> Iterator[None]:
+    """Whatever is done inside to a model in memory, in the end its prunable layers have these weights.
+
+    Args:
+        model: a causal language model.
+        dense_weights: of all prunable layers, from `copy_weights`.
+    """
+    try:
+        yield
+    finally:
+        for name, linear in Decoder(model).linears().items():
+            write_weight(linear, dense_weights[name])
 
 
 def layer_quality(

@@ -133,6 +133,15 @@ def check_name(dataset: str) -> None:
         _parsed(dataset)
 
 
+def check_apart(dataset: Dataset, eval_dataset: Dataset) -> None:
+    """Raise ValueError where calibration and evaluation would read the same text: all but those with two sides."""
+    if dataset == eval_dataset and not (isinstance(dataset, str) and dataset in ("stdlib", *PAPERS)):
+        raise ValueError(
+            f"dataset: calibration and evaluation would both read {describe(dataset)}; "
+            "name another text for one of them"
+        )
+
+
 def describe(dataset: Dataset) -> str:
     """The dataset's name as tables and figures state it."""
     if isinstance(dataset, str | Path):

@@ -26,7 +26,7 @@ _CHECKED = (
         "outliers",
         "recovery",
     ),
-    *("manifest", "replay", "gradual", "inheritance", "sources", "inspection", "saving"),
+    *("manifest", "replay", "gradual", "inheritance", "sources", "inspection", "saving", "papers", "reproduction"),
 )
 install_import_hook([f"sparselab.{name}" for name in _CHECKED], "runtime_types.check")
 

@@ -203,3 +203,14 @@ def test_damaged_and_missing_results_are_named(tmp_path):
 def test_bad_runs(arguments, message):
     with pytest.raises(ValueError, match=message):
         RunConfig(**arguments)
+
+
+@pytest.mark.parametrize("name", ["stdlib", "wikitext2", "ptb", "c4"])
+def test_a_text_with_two_sides_may_be_calibrated_and_measured_on(name):
+    assert TextConfig(dataset=name, eval_dataset=name).eval_dataset == name
+
+
+@pytest.mark.parametrize("text", ["owner/name", TEXTS])
+def test_other_texts_may_not(text):
+    with pytest.raises(ValueError, match="calibration and evaluation would both read"):
+        TextConfig(dataset=text, eval_dataset=text)

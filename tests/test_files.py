@@ -2,12 +2,16 @@ import json
 import os
 import shutil
 import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
 
+from sparselab import files
 from sparselab.errors import OutputError
 from sparselab.files import STAMP, check_output, finished_output, read_stamp, write_stamp, write_text
+
+ROOT = Path(__file__).parents[1]
 
 
 def tree(folder: Path) -> dict[str, str | None]:
@@ -207,3 +211,17 @@ def test_stamp_and_text(tmp_path):
     assert sorted(file.name for file in tmp_path.iterdir()) == [STAMP, "t"]
     write_stamp(tmp_path, "compare", {})
     assert read_stamp(tmp_path)["files"] == [STAMP, "t"]
+
+
+def test_what_comes_with_the_package_is_found_in_a_checkout_and_in_an_installed_one(tmp_path, monkeypatch):
+    included = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
+    assert included["force-include"] == {
+        name: f"sparselab/{name}" for name in ("data/tiny", "benchmarks/published.csv")
+    }
+    for name in included["force-include"]:
+        assert files.bundled(name) == ROOT / name
+        assert files.bundled(name).exists()
+    installed = tmp_path / "sparselab" / "data" / "tiny"
+    installed.mkdir(parents=True)
+    monkeypatch.setattr(files, "_PACKAGE", tmp_path / "sparselab")
+    assert files.bundled("data/tiny") == installed

@@ -316,6 +316,6 @@ def test_what_is_no_manifest_is_said_in_one_line(content, message):
 
 def test_a_folder_without_one():
     with pytest.raises(
-        ValueError, match=r"model: expected an output of compare, prune or eval with its sparselab.json"
+        ValueError, match=r"model: expected an output of compare, table, prune or eval with its sparselab.json"
     ):
         manifest.read("model")

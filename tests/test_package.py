@@ -41,7 +41,7 @@ def test_public_names():
     assert set(sparselab.__all__) == {
         "Magnitude", "Perplexity", "Report", "SparseGPT", "Wanda", "bits_per_byte", "block_errors",
         "calibration_tokens", "check_saved", "collect", "compare", "difference", "evaluation_tokens",
-        "inspect_checkpoint", "layer_quality", "load", "owl", "perplexity", "prune",
+        "inspect_checkpoint", "layer_quality", "load", "owl", "papers_table", "perplexity", "prune",
         "prune_checkpoint", "prune_gradually", "recover", "solvers", "stream", "train",
     }  # fmt: skip
     for name in sparselab.__all__:

@@ -250,7 +250,8 @@ def test_the_file_alone_will_do(replay, make):
     [
         (
             None,
-            "nowhere: expected an output of compare, prune or eval with its sparselab.json, or that file; cannot read",
+            "nowhere: expected an output of compare, table, prune or eval with its sparselab.json, or that file; "
+            "cannot read",
         ),
         ('{"command": "prune", "re', "found a damaged file"),
         ('{"command": "train", "settings": {}}', "found what `train` made, which is not replayed"),

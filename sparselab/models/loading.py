@@ -12,12 +12,12 @@ from huggingface_hub.utils import logging as hub_logging
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from sparselab import files
 from sparselab.errors import ModelLoadError, SparselabError
 from sparselab.models.checkpoint import Checkpoint
 from sparselab.models.streamed import Misfit, StreamedModel
 from sparselab.models.zero import PartitionedModel
 
-_PACKAGE = Path(__file__).resolve().parents[1]
 _SECONDS_FOR_THE_HUB = 5
 _WHAT_A_MODEL_NEEDS = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken"]
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken*", "spiece*")
@@ -127,9 +127,8 @@ def existing_device(device: str | torch.device | None = None) -> torch.device:
 
 
 def tiny_folder() -> Path:
-    """Where the bundled model lies: inside an installed package, or in `data/` of a checkout."""
-    installed = _PACKAGE / "data" / "tiny"
-    return installed if installed.exists() else _PACKAGE.parent / "data" / "tiny"
+    """Where the bundled model lies."""
+    return files.bundled("data/tiny")
 
 
 def hub_revision(name: str | Path) -> str | None:
