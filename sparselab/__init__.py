@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from sparselab.reproduction import papers_table
     from sparselab.saving import check_saved
     from sparselab.streaming import prune_checkpoint
+    from sparselab.tasks import evaluate_tasks
     from sparselab.training import train
     from sparselab.uncertainty import difference
 
@@ -42,6 +43,7 @@ _HOME = {
     "collect": "calibration",
     "compare": "comparison",
     "difference": "uncertainty",
+    "evaluate_tasks": "tasks",
     "evaluation_tokens": "corpora",
     "inspect_checkpoint": "inspection",
     "layer_quality": "quality",
@@ -70,6 +72,7 @@ __all__ = [
     "collect",
     "compare",
     "difference",
+    "evaluate_tasks",
     "evaluation_tokens",
     "inspect_checkpoint",
     "layer_quality",

@@ -132,14 +132,24 @@ def _add_prune(commands: Any, runs: Runs) -> None:
 
 def _add_eval(commands: Any, runs: Runs) -> None:
     parser = _command(
-        commands, "eval", runs, "measure a model's perplexity", "sparselab eval tiny --dataset my-texts/ --seqlen 256"
-    )
+        commands, "eval", runs, "measure a model's perplexity, and its answers in tasks",
+        "sparselab eval tiny --dataset stdlib my-texts/ --seqlen 256",
+    )  # fmt: skip
     _add_model(parser)
-    parser.add_argument("--dataset", type=_dataset, default="stdlib", help=f"{_TEXTS} (default: stdlib, held-out part)")
-    parser.add_argument("--nsamples", type=_at_least(1), default=None, help="windows (default: all there are)")
+    parser.add_argument(
+        "--dataset", nargs="+", type=_dataset, metavar="TEXT",
+        help=f"{_TEXTS}; several one after another (default: stdlib, held-out part; with --tasks none)",
+    )  # fmt: skip
+    parser.add_argument("--nsamples", type=_at_least(1), default=None, help="windows of each (default: all there are)")
     parser.add_argument("--seqlen", type=_at_least(2), default=256, help="tokens a window (default: 256)")
     _add_bos(parser)
-    _add_output(parser, "folder for a manifest with the perplexity, for sparselab replay (default: none)", needed=False)
+    parser.add_argument(
+        "--tasks", nargs="+", metavar="TASK", help="of lm-eval, such as arc_easy; opens the model whole"
+    )
+    parser.add_argument("--num-fewshot", type=_at_least(0), metavar="N", help="examples before each question")
+    parser.add_argument("--limit", type=_at_least(1), metavar="N", help="of each task the first N questions only")
+    parser.add_argument("--include-path", metavar="FOLDER", help="with definitions of tasks of your own")
+    _add_output(parser, "folder for a manifest with the numbers, for sparselab replay (default: none)", needed=False)
     _add_spill(parser)
     _add_batch_size(parser)
     _add_machine(parser)
@@ -282,11 +292,9 @@ def _add_solver(parser: argparse.ArgumentParser) -> None:
 
 def _add_kernel(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--kernel",
-        choices=("auto", "numba", "torch", "triton"),
-        default="auto",
-        help="of SparseGPT's sweep (default: numba on the CPU, Triton on a GPU if it runs)",
-    )
+        "--kernel", choices=("auto", "numba", "torch", "triton"), default="auto", metavar="K",
+        help="of SparseGPT's sweep: numba, torch or triton (default: the quickest here)",
+    )  # fmt: skip
 
 
 def _add_calibration(
@@ -308,8 +316,8 @@ def _add_calibration(
 
 def _add_bos(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--bos", choices=("document", "window"), default="document",
-        help="where a begin-of-sequence token stands; Gemma needs it in each window (default: document)",
+        "--bos", choices=("document", "window"), default="document", metavar="WHERE",
+        help="begin-of-sequence token of each document (default) or window (for Gemma)",
     )  # fmt: skip
 
 

@@ -8,12 +8,14 @@ from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stdout
 from io import StringIO, TextIOWrapper
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from sparselab.arguments import Runs, build_parser
 from sparselab.errors import SparselabError
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from sparselab.manifest import Request
 
 
@@ -200,27 +202,63 @@ def _prune(options: argparse.Namespace) -> None:
 def _eval(options: argparse.Namespace) -> None:
     from tempfile import TemporaryDirectory
 
-    from sparselab import corpora, files, manifest, sources
-    from sparselab.evaluation import bits_per_byte, perplexity
-    from sparselab.models import stream
+    from sparselab import corpora, files, manifest
+    from sparselab.models import load, stream
 
+    if options.dataset is None:
+        options.dataset = [] if options.tasks else ["stdlib"]
     kept = files.finished_output(options.out, options.overwrite, _inputs(options)) if options.out else nullcontext()
     with kept as folder, TemporaryDirectory(prefix="sparselab-") as hidden:
-        model, tokenizer = stream(
+        model, tokenizer = (load if options.tasks else stream)(
             options.model, options.device, options.dtype, trust_remote_code=options.trust_remote_code
         )
-        tokens = corpora.evaluation_tokens(tokenizer, options.dataset, options.nsamples, options.seqlen, options.bos)
-        made = manifest.of_evaluation(model, tokenizer, tokens, _request(options)) if folder else {}
-        result = perplexity(model, tokens, options.batch_size, spill=Path(hidden) if options.spill else None)
-        bits = bits_per_byte(result, tokens, tokenizer)
+        how = options.nsamples, options.seqlen, options.bos
+        texts = {name: corpora.evaluation_tokens(tokenizer, name, *how) for name in options.dataset}
+        made = manifest.of_evaluation(model, tokenizer, texts, _request(options)) if folder else {}
+        results: dict[str, Any] = {}
+        for name, tokens in texts.items():
+            numbers = _measured(options, model, tokenizer, name, tokens, Path(hidden) if options.spill else None)
+            results |= {f"{name}, {each}" if len(texts) > 1 else each: value for each, value in numbers.items()}
+        if options.tasks:
+            results["tasks"] = _tasks(options, model, tokenizer)
         if folder:
-            numbers = {"perplexity": float(result), "stderr": result.stderr, "bits_per_byte": bits}
-            manifest.finish(folder, made, numbers | {"nll of window": result.nll.tolist()})
+            manifest.finish(folder, made, results)
+    if options.out:
+        _say(f"Written to {options.out}")
+
+
+def _measured(
+    options: argparse.Namespace, model: Any, tokenizer: Any, name: str, tokens: Any, spill: Path | None
+) -> dict[str, Any]:
+    """Perplexity on one text, said and given."""
+    from sparselab import sources
+    from sparselab.evaluation import bits_per_byte, perplexity
+
+    result = perplexity(model, tokens, options.batch_size, spill=spill)
+    bits = bits_per_byte(result, tokens, tokenizer)
     _say(
         f"{options.model}: perplexity {result}, {bits:.3f} bits per byte "
-        f"({len(tokens)} windows of {options.seqlen} tokens of {sources.describe(options.dataset)})"
-        + (f"; written to {options.out}" if options.out else "")
+        f"({len(tokens)} windows of {options.seqlen} tokens of {sources.describe(name)})"
     )
+    numbers = {"perplexity": float(result), "stderr": result.stderr, "bits_per_byte": bits}
+    return numbers | {"nll of window": result.nll.tolist()}
+
+
+def _tasks(options: argparse.Namespace, model: Any, tokenizer: Any) -> "pd.DataFrame":
+    """The tasks' metrics, said and given."""
+    from sparselab.tasks import evaluate_tasks
+
+    table = evaluate_tasks(
+        model,
+        tokenizer,
+        options.tasks,
+        num_fewshot=options.num_fewshot,
+        limit=options.limit,
+        include_path=options.include_path,
+        batch_size=options.batch_size,
+    )
+    _say(f"{options.model}:\n{table.round(4).to_string(index=False, na_rep='')}")
+    return table
 
 
 def _inspect(options: argparse.Namespace) -> None:
@@ -329,7 +367,7 @@ def _inputs(options: argparse.Namespace) -> list[str | Path]:
     """Files and folders that a command reads, as far as its arguments name them."""
     from sparselab.models.loading import tiny_folder
 
-    texts = getattr(options, "eval_dataset", [])
-    texts = [options.dataset, *([texts] if isinstance(texts, str) else texts)]
+    given = options.dataset, getattr(options, "eval_dataset", [])
+    texts = [text for each in given for text in ([each] if isinstance(each, str) else each)]
     model = tiny_folder() if options.model == "tiny" else options.model
     return [path for path in (model, *texts) if path and path != "stdlib"]

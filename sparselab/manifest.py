@@ -26,7 +26,7 @@ import pandas as pd
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from sparselab import files, sources
 from sparselab.methods import Settings
@@ -42,7 +42,7 @@ REPLAYED = {
     "compare": ("model", "dataset", "eval_dataset"),
     "table": ("model", "dataset"),
     "prune": ("model", "dataset"),
-    "eval": ("model", "dataset"),
+    "eval": ("model",),
 }
 _PARTS = ("settings", "inputs", "machine", "versions", "results")
 _EACH_WINDOW = "one at the beginning of each window"
@@ -100,14 +100,18 @@ def begin(
 
 
 def of_evaluation(
-    model: StreamedModel, tokenizer: PreTrainedTokenizerBase, windows: Int[Tensor, "n seqlen"], request: Request
+    model: StreamedModel | PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Mapping[str, Int[Tensor, "n seqlen"]],
+    request: Request,
 ) -> Manifest:
-    """What is known before an evaluation; see `begin`."""
-    inputs = {
-        "model": model_record(model.name, model.model.config, checkpoint_hashes(model.checkpoint)),
-        "evaluation": windows_record(windows, tokenizer, request.arguments["dataset"]),
-    }
-    return begin("eval", {}, inputs, machine_record(model.device, model.model.dtype), request)
+    """What is known before an evaluation on texts, by their names; see `begin`."""
+    whole = model.model if isinstance(model, StreamedModel) else model
+    hashes = checkpoint_hashes(model.checkpoint) if isinstance(model, StreamedModel) else weights_hash(model)
+    inputs = {"model": model_record(request.arguments["model"], whole.config, hashes)}
+    for name, windows in texts.items():
+        inputs["evaluation" if len(texts) == 1 else f"evaluation, {name}"] = windows_record(windows, tokenizer, name)
+    return begin("eval", {}, inputs, machine_record(model.device, whole.dtype), request)
 
 
 def finish(folder: Path, manifest: Manifest, results: Mapping[str, Any], tables: Iterable[str] = ()) -> None:

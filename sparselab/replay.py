@@ -15,7 +15,7 @@ from sparselab.manifest import Manifest, is_cost
 TOLERANCE = 0.01
 # Arguments about one run of a command, not its result; the last is for whoever replays to say, as it is not safe.
 _OF_ONE_RUN = ("out", "overwrite", "resume", "measure_error", "trust_remote_code")
-_IDENTITY = ("method", "pattern", "dataset", "seed", "block", "layer")
+_IDENTITY = ("method", "pattern", "dataset", "seed", "block", "layer", "task", "metric")
 # Of inputs: names, and what follows from the tokens. Hashes say whether the same goes in.
 _TOLD_ONLY = ("name", "revision", "dataset", "bos", "bos_id", "windows_that_begin_with_bos", "bos_in_all_windows")
 # Known to 1%, and as a share of itself it says nothing where it is small.

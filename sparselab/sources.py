@@ -220,7 +220,7 @@ class _Wanted:
         from sparselab.models import loading
 
         reachable = loading.hub_answers()
-        with loading.quiet(), _offline(datasets.config, not reachable):
+        with loading.quiet(), offline(not reachable):
             try:
                 how = {"data_files": {"all": self.files}, "revision": self.revision} if self.files else {}
                 name = "all" if self.files else self.split or self._split(datasets, split)
@@ -246,10 +246,12 @@ class _Wanted:
 
 
 @contextmanager
-def _offline(config: Any, offline: bool) -> Iterator[None]:
-    """Where the hub does not answer, look only at what is on this disk: its client would try for minutes."""
+def offline(there_is_no_hub: bool) -> Iterator[None]:
+    """Where the hub does not answer, datasets looks only at what is on this disk: its client would try for minutes."""
+    from datasets import config
+
     before = config.HF_HUB_OFFLINE
-    config.HF_HUB_OFFLINE = before or offline
+    config.HF_HUB_OFFLINE = before or there_is_no_hub
     try:
         yield
     finally:

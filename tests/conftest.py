@@ -26,7 +26,18 @@ _CHECKED = (
         "outliers",
         "recovery",
     ),
-    *("manifest", "replay", "gradual", "inheritance", "sources", "inspection", "saving", "papers", "reproduction"),
+    *(
+        "manifest",
+        "replay",
+        "gradual",
+        "inheritance",
+        "sources",
+        "inspection",
+        "saving",
+        "papers",
+        "reproduction",
+        "tasks",
+    ),
 )
 install_import_hook([f"sparselab.{name}" for name in _CHECKED], "runtime_types.check")
 
