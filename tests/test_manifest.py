@@ -100,7 +100,7 @@ def test_what_prune_states():
 def test_what_eval_states(capsys):
     _, made = run("eval", "model", "--out", "out", *SMALL, 5)
     printed = capsys.readouterr().out
-    assert "(5 windows of 16 tokens of text.txt); written to out" in printed
+    assert "(5 windows of 16 tokens of text.txt)\nWritten to out\n" in printed
     model, tokenizer = sparselab.load("model")
     tokens = sparselab.evaluation_tokens(tokenizer, "text.txt", 5, 16)
     expected = sparselab.perplexity(model, tokens, progress=False)
