@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from sparselab.quality import layer_quality
     from sparselab.recovery import recover
     from sparselab.reproduction import papers_table
+    from sparselab.samples import completions
     from sparselab.saving import check_saved
     from sparselab.streaming import prune_checkpoint
     from sparselab.tasks import evaluate_tasks
@@ -42,6 +43,7 @@ _HOME = {
     "check_saved": "saving",
     "collect": "calibration",
     "compare": "comparison",
+    "completions": "samples",
     "difference": "uncertainty",
     "evaluate_tasks": "tasks",
     "evaluation_tokens": "corpora",
@@ -71,6 +73,7 @@ __all__ = [
     "check_saved",
     "collect",
     "compare",
+    "completions",
     "difference",
     "evaluate_tasks",
     "evaluation_tokens",

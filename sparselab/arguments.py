@@ -24,7 +24,8 @@ def build_parser(runs: Runs) -> argparse.ArgumentParser:
     """The parser of the command line; its result has the command's function as `run`.
 
     Args:
-        runs: a function for each of the commands compare, table, prune, eval, inspect, replay, bench and train.
+        runs: a function for each of the commands compare, table, prune, eval, samples, inspect, replay, bench and
+            train.
     """
     parser = argparse.ArgumentParser(
         prog="sparselab", description="One-shot pruning of language models: magnitude, Wanda and SparseGPT, measured."
@@ -35,6 +36,7 @@ def build_parser(runs: Runs) -> argparse.ArgumentParser:
     _add_table(commands, runs)
     _add_prune(commands, runs)
     _add_eval(commands, runs)
+    _add_samples(commands, runs)
     _add_inspect(commands, runs)
     _add_replay(commands, runs)
     _add_bench(commands, runs)
@@ -152,6 +154,23 @@ def _add_eval(commands: Any, runs: Runs) -> None:
     _add_output(parser, "folder for a manifest with the numbers, for sparselab replay (default: none)", needed=False)
     _add_spill(parser)
     _add_batch_size(parser)
+    _add_machine(parser)
+
+
+def _add_samples(commands: Any, runs: Runs) -> None:
+    parser = _command(
+        commands, "samples", runs, "let several models complete the same prompts",
+        "sparselab samples tiny tiny-24 --prompt 'def main('",
+    )  # fmt: skip
+    parser.add_argument("models", nargs="+", metavar="MODEL", help="'tiny', model folders or hub ids")
+    _add_trust(parser)
+    parser.add_argument("--prompt", nargs="+", metavar="TEXT", help="(default: beginnings of windows of --dataset)")
+    parser.add_argument(
+        "--dataset", type=_dataset, default="stdlib", metavar="TEXT", help=f"{_TEXTS} (default: stdlib)"
+    )
+    parser.add_argument("--nsamples", type=_at_least(1), default=3, help="prompts of the text (default: 3)")
+    parser.add_argument("--prompt-tokens", type=_at_least(1), default=48, help="of each (default: 48)")
+    parser.add_argument("--max-new-tokens", type=_at_least(1), default=40, help="of a completion (default: 40)")
     _add_machine(parser)
 
 

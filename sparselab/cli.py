@@ -48,6 +48,7 @@ def _runs() -> Runs:
         "table": _table,
         "prune": _prune,
         "eval": _eval,
+        "samples": _samples,
         "inspect": _inspect,
         "replay": _replay,
         "bench": _bench,
@@ -259,6 +260,25 @@ def _tasks(options: argparse.Namespace, model: Any, tokenizer: Any) -> "pd.DataF
     )
     _say(f"{options.model}:\n{table.round(4).to_string(index=False, na_rep='')}")
     return table
+
+
+def _samples(options: argparse.Namespace) -> None:
+    from sparselab import samples
+    from sparselab.models import stream
+
+    given = options.device, options.dtype
+    prompts, text = options.prompt, None
+    if not prompts:
+        _, tokenizer = stream(options.models[0], *given, trust_remote_code=options.trust_remote_code)
+        how = options.nsamples, options.prompt_tokens, options.max_new_tokens
+        drawn = samples.held_out_prompts(tokenizer, options.dataset, *how)
+        prompts, text = drawn.prompt.tolist(), drawn.text
+    table = samples.completions(
+        options.models, prompts, options.max_new_tokens, *given, trust_remote_code=options.trust_remote_code
+    )
+    if text is not None:
+        table.insert(1, "what follows in the text", text)
+    _say(samples.as_text(table))
 
 
 def _inspect(options: argparse.Namespace) -> None:
