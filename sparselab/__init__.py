@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from sparselab.evaluation import Perplexity, bits_per_byte, perplexity
     from sparselab.gradual import prune_gradually
     from sparselab.inheritance import block_errors
-    from sparselab.inspection import inspect_checkpoint
+    from sparselab.inspection import Inspection, inspect_checkpoint
     from sparselab.models import load, stream
     from sparselab.outliers import owl
     from sparselab.pruners import Magnitude, SparseGPT, Wanda
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from sparselab.recovery import recover
     from sparselab.reproduction import papers_table
     from sparselab.samples import completions
-    from sparselab.saving import check_saved
+    from sparselab.saved import check_saved
     from sparselab.streaming import prune_checkpoint
     from sparselab.tasks import evaluate_tasks
     from sparselab.training import train
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "Inspection": "inspection",
     "Magnitude": "pruners",
     "Perplexity": "evaluation",
     "Report": "pruning",
@@ -40,7 +41,7 @@ _HOME = {
     "bits_per_byte": "evaluation",
     "block_errors": "inheritance",
     "calibration_tokens": "corpora",
-    "check_saved": "saving",
+    "check_saved": "saved",
     "collect": "calibration",
     "compare": "comparison",
     "completions": "samples",
@@ -62,6 +63,7 @@ _HOME = {
 }
 
 __all__ = [
+    "Inspection",
     "Magnitude",
     "Perplexity",
     "Report",

@@ -176,14 +176,13 @@ def _add_samples(commands: Any, runs: Runs) -> None:
 
 def _add_inspect(commands: Any, runs: Runs) -> None:
     parser = _command(
-        commands, "inspect", runs, "count zeros, patterns and bytes in a checkpoint, layer by layer",
+        commands, "inspect", runs, "show a model's zeros and bytes, layer by layer, and its manifest",
         "sparselab inspect tiny-24",
     )  # fmt: skip
     parser.description = (
-        "Read a checkpoint block by block: what share of each layer is zero, which of 1:4, 2:4 and 4:8 all its groups "
-        "keep, how many groups of four keep more than two weights (crowded), its bytes, and those it would take as a "
-        "bitmask or in 2:4 form; then the whole checkpoint, and what its manifest says. Exit code 1 if files are not "
-        "as the manifest says."
+        "Count the zeros of each layer, the groups that break 2:4, and the bytes it takes, or would take as a bitmask "
+        "or in 2:4 form; then of the whole checkpoint; then what its manifest says. Exit code 1 if files are not as "
+        "the manifest's checksums say."
     )
     _add_model(parser)
 

@@ -287,10 +287,8 @@ def _inspect(options: argparse.Namespace) -> None:
 
     found = inspect_checkpoint(options.model, trust_remote_code=options.trust_remote_code)
     _say(str(found))
-    if found.damaged:
-        raise OutputError(
-            f"{options.model}: {found.damaged[0]} is not the file that its manifest speaks of; make or fetch it again"
-        )
+    if differing := [f"{name} is {state}" for name, state in found.sums.items() if state != "same"]:
+        raise OutputError(f"{options.model}: by its manifest's checksums, {differing[0]}; make or fetch it again")
 
 
 def _replay(options: argparse.Namespace) -> None:

@@ -1,163 +1,187 @@
-"""What a checkpoint holds: zeros layer by layer, patterns that they keep, bytes that they could save, its manifest."""
+"""What a checkpoint holds: zeros and bytes of each layer, and what its manifest says of how it was made."""
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sparselab import files, solvers, storage
-from sparselab.models.blocks import Decoder, find_linears, read_weight
+from sparselab import files
+from sparselab.manifest import Manifest
+from sparselab.models import Decoder, stream_weights
+from sparselab.models.blocks import find_linears, parameter_of, read_weight
 from sparselab.models.checkpoint import checksum
-from sparselab.models.loading import stream
-from sparselab.models.streamed import StreamedModel
 from sparselab.progress import Progress, tracked
+from sparselab.replay import printable
+from sparselab.solvers.sparsity import NM, groups_beyond
+from sparselab.storage import encoded_bytes
 
-# Looked for in this order: the first that a layer keeps is named.
-PATTERNS = (solvers.NM(1, 4), solvers.NM(2, 4), solvers.NM(4, 8))
-_SETTINGS = ("model", "method", "sparsity", "percdamp", "dataset", "nsamples", "seqlen", "seed")
+_TWO_OF_FOUR = NM(2, 4)
+# The tightest first: what is 1:4 is 2:4, and what is 2:4 is 4:8.
+_PATTERNS = (NM(1, 4), _TWO_OF_FOUR, NM(4, 8))
+_FORMS = ["dense", "bitmask", "2:4"]
+# Of whatever command, in the order in which a reader asks for them.
+_SETTINGS = ("model", "method", "sparsity", "wbits", "percdamp", "dataset", "nsamples", "seqlen", "seed")
+_VERSIONS = ("sparselab", "torch", "transformers")
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """What a checkpoint holds.
+    """What is in a checkpoint; printed, it is a table, totals, and a few lines of the manifest.
 
     Args:
-        name: as the user wrote it.
-        layers: a row for each prunable layer: block, layer, d_out, d_in; sparsity (realised); pattern (the first of
-            1:4, 2:4 and 4:8 that it keeps in every group; empty if none); crowded (groups of four that keep more than
-            two; −1 where d_in is no multiple of four); dense, bitmask and two_of_four (bytes in the dtype of the files;
-            of the last −1 where it does not keep 2:4).
-        file_bytes: of all files with weights: the layers, embeddings, norms and head.
-        manifest: of the folder; None if it has none.
-        damaged: names of files that are not as the manifest's checksums say.
+        layers: one row a prunable layer: block, layer, d_out, d_in, sparsity (realised), pattern (the tightest of 1:4,
+            2:4 and 4:8 that holds in every group of every row; empty if none does), beyond_2_4 (in how many of its
+            groups of four more than two weights are left; missing where four does not divide d_in), and bytes: dense,
+            bitmask, and 2:4, missing where that does not hold. See `storage.encoded_bytes`.
+        totals: rows `layers` and `checkpoint`, the latter with embeddings, norms and head: weights, sparsity, and
+            bytes: dense; bitmask and 2:4, where every layer that is smaller in that form has it, and all else is dense.
+        manifest: what `sparselab.json` beside the weights says; None if there is none.
+        sums: what has become of each file whose checksum the manifest has: "same", "changed" or "missing".
     """
 
-    name: str
     layers: pd.DataFrame
-    file_bytes: int
-    manifest: dict[str, Any] | None
-    damaged: list[str]
-
-    @property
-    def sparsity(self) -> float:
-        """Fraction of the layers' weights that are zero."""
-        sizes = self.layers.d_out * self.layers.d_in
-        return float((self.layers.sparsity * sizes).sum() / sizes.sum())
-
-    @property
-    def totals(self) -> pd.DataFrame:
-        """Bytes of the layers, and of the files: as they are, and if each layer took the form that is smallest for it.
-
-        Rows dense, bitmask and 2:4; columns layers and files. A layer that is larger in a form, or cannot have it, is
-        dense there.
-        """
-        dense = self.layers.dense
-        others = {"dense": dense, "bitmask": self.layers.bitmask, "2:4": self.layers.two_of_four}
-        least = {form: int(sizes.where(sizes.between(0, dense), dense).sum()) for form, sizes in others.items()}
-        rest = self.file_bytes - int(dense.sum())
-        return pd.DataFrame(
-            {"layers": least, "files": {form: size + rest for form, size in least.items()}}, index=list(least)
-        )
-
-    @property
-    def table(self) -> pd.DataFrame:
-        """The layers as text to print."""
-        shown = self.layers
-        keys = ["dense", "bitmask", "two_of_four"]
-        numbers = {key: shown[key].map(lambda size: f"{size:,}" if size >= 0 else "") for key in keys}
-        about = {
-            "shape": shown.d_out.astype(str) + " × " + shown.d_in.astype(str),
-            "sparsity": shown.sparsity.map("{:.2%}".format),
-            "crowded": shown.crowded.map(lambda count: f"{count:,}" if count >= 0 else ""),
-        }
-        columns = ["block", "layer", "shape", "sparsity", "pattern", "crowded", *keys]
-        return shown.assign(**about, **numbers)[columns].rename(columns={"two_of_four": "2:4"})
+    totals: pd.DataFrame
+    manifest: Manifest | None
+    sums: dict[str, str]
 
     def __str__(self) -> str:
-        lines = [self.table.to_string(index=False), ""]
-        lines.append(f"{self.name}: {self.sparsity:.2%} zeros in {len(self.layers)} layers; megabytes of its files")
-        for form, layers, whole in self.totals.itertuples(name=None):
-            share = "as they are" if form == "dense" else f"{whole / self.file_bytes:.0%}"
-            lines.append(f"  {form:8}{whole / 1e6:10.2f}, {share}; the layers alone {layers / 1e6:.2f}")
-        return "\n".join([*lines, *self._made()])
-
-    def _made(self) -> list[str]:
-        """What the manifest says."""
-        if self.manifest is None:
-            return [f"no {files.STAMP}: how it was made is not known"]
-        settings, versions = self.manifest.get("settings", {}), self.manifest.get("versions", {})
-        said = [f"{name} {settings[name]}" for name in _SETTINGS if settings.get(name) is not None]
-        lines = [f"made by {self.manifest.get('line') or self.manifest['command']}"]
-        lines.append(f"  on {self.manifest.get('date', 'a day that is not known')}: {', '.join(said)}")
-        lines.append("  " + ", ".join(f"{name} {version}" for name, version in versions.items()))
-        sums = _checksums(self.manifest)
-        state = f"{', '.join(self.damaged)} changed since" if self.damaged else "as they were written"
-        return [*lines, f"  {len(sums)} files of weights, {state}" if sums else "  no checksums of its files"]
+        """As a user reads it."""
+        shown = self.layers.rename(columns={"beyond_2_4": "beyond 2:4"})
+        sizes = list(zip(shown.d_out, shown.d_in, strict=True))
+        shown["shape"] = [f"{d_out} × {d_in}" for d_out, d_in in sizes]
+        shown["beyond 2:4"] = [
+            f"{groups:,} of {d_out * d_in // 4:,}" if groups is not pd.NA and groups else groups
+            for groups, (d_out, d_in) in zip(shown["beyond 2:4"], sizes, strict=True)
+        ]
+        shown = shown[["block", "layer", "shape", "sparsity", "pattern", "beyond 2:4", *_FORMS]]
+        totals = self.totals.rename_axis("bytes").reset_index()
+        lines = [_table(shown), "", _table(totals), "", *_about(self.manifest), *_of_files(self.sums)]
+        return printable("\n".join(lines))
 
 
 def inspect_checkpoint(name: str | Path, *, trust_remote_code: bool = False, progress: Progress = True) -> Inspection:
-    """Read a checkpoint block by block and count.
+    """Count the zeros of a checkpoint and the bytes that they would save; one block at a time is in memory.
 
     Args:
-        name: "tiny", a model folder or a hub id, pruned by whatever means, or dense.
+        name: "tiny", a folder with safetensors files, or a hub id; pruned by whomever, or dense. Bytes are those
+            of the dtype in its files.
         trust_remote_code: see `load`.
-        progress: a bar over blocks.
+        progress: a bar over blocks; see `sparselab.progress`.
 
     Raises:
-        ModelLoadError, ValueError: see `stream`.
-        UnsupportedModelError: no model whose layers can be pruned.
+        ModelLoadError: see `stream`; but a tokenizer is not needed.
+        UnsupportedModelError: no decoder blocks are found.
     """
-    streamed, _ = stream(name, "cpu", trust_remote_code=trust_remote_code)
-    if (stored := streamed.checkpoint.dtype) != streamed.model.dtype:  # bytes are those of the files
-        streamed, _ = stream(name, "cpu", stored, trust_remote_code=trust_remote_code)
-    folder, manifest = streamed.checkpoint.folder, files.read_stamp(streamed.checkpoint.folder)
-    sums = _checksums(manifest or {})
-    damaged = [file for file, digest in sums.items() if not _intact(folder / file, digest)]
-    size = sum(path.stat().st_size for path in streamed.checkpoint.files)
-    return Inspection(str(name), _layers(streamed, progress), size, manifest, damaged)
-
-
-def _layers(streamed: StreamedModel, progress: Progress) -> pd.DataFrame:
-    decoder, rows = Decoder(streamed), []
-    decoder.check_prunable()
-    with torch.no_grad(), tracked(progress, len(decoder.blocks), "inspect", "block") as advance:
+    model = stream_weights(name, "cpu", "stored", trust_remote_code=trust_remote_code)
+    decoder = Decoder(model)
+    rows: list[dict[str, Any]] = []
+    rest: list[_Counts] = []
+    with tracked(progress, len(decoder.blocks), "inspecting", "block") as advance:
         for index in range(len(decoder.blocks)):
             with decoder.block(index) as block:
-                for layer, linear in find_linears(block).items():
-                    rows.append({"block": index, "layer": layer} | _row(read_weight(linear)))
+                linears = find_linears(block)
+                rows += [{"block": index, "layer": own} | _row(read_weight(each)) for own, each in linears.items()]
+                layers = {id(parameter_of(each)) for each in linears.values()}
+                rest += [_counts(each) for each in block.state_dict(keep_vars=True).values() if id(each) not in layers]
             advance(1)
-    return pd.DataFrame(rows)
+        rest += [_counts(weight) for _, weight in model.read(model.names(decoder.is_outside))]
+    table = pd.DataFrame(rows).astype(dict.fromkeys(["beyond_2_4", "2:4"], "Int64"))
+    stamp = files.read_stamp(model.checkpoint.folder)
+    return Inspection(table, _totals(table, rest), stamp, _sums(model.checkpoint.folder, stamp))
+
+
+class _Counts(NamedTuple):
+    weights: int
+    zeros: int
+    nbytes: int
+
+
+def _counts(weight: Tensor) -> _Counts:
+    return _Counts(weight.numel(), weight.numel() - int(weight.count_nonzero()), weight.nbytes)
 
 
 def _row(weight: Float[Tensor, "d_out d_in"]) -> dict[str, Any]:
-    crowded = {
-        str(pattern): storage.crowded_groups(weight, pattern)
-        for pattern in PATTERNS
-        if weight.shape[1] % pattern.group == 0
-    }
-    two_of_four = str(storage.TWO_OF_FOUR)
-    keeps = crowded.get(two_of_four) == 0
+    d_out, d_in = weight.shape
+    kept = weight != 0
+    beyond = {pattern: groups_beyond(kept, pattern) for pattern in _PATTERNS if d_in % pattern.group == 0}
+    size, zeros, _ = _counts(weight)
+    sizes = encoded_bytes((d_out, d_in), size - zeros, weight.element_size())
     return {
-        "d_out": weight.shape[0],
-        "d_in": weight.shape[1],
-        "sparsity": solvers.realised_sparsity(weight),
-        "pattern": next((pattern for pattern, groups in crowded.items() if not groups), ""),
-        "crowded": crowded.get(two_of_four, -1),
-        "dense": storage.encoded_bytes(weight, "dense"),
-        "bitmask": storage.encoded_bytes(weight, "bitmask"),
-        "two_of_four": storage.encoded_bytes(weight, two_of_four) if keeps else -1,
+        "d_out": d_out,
+        "d_in": d_in,
+        "sparsity": zeros / size,
+        "pattern": next((str(pattern) for pattern, groups in beyond.items() if not groups), ""),
+        "beyond_2_4": beyond.get(_TWO_OF_FOUR, pd.NA),
+        "dense": sizes["dense"],
+        "bitmask": sizes["bitmask"],
+        "2:4": pd.NA if beyond.get(_TWO_OF_FOUR, 1) else sizes["2:4"],
     }
 
 
-def _checksums(manifest: dict[str, Any]) -> dict[str, str]:
-    results = manifest.get("results")
-    sums = results.get("checksums") if isinstance(results, dict) else None
-    return sums if isinstance(sums, dict) else {}
+def _totals(layers: pd.DataFrame, rest: list[_Counts]) -> pd.DataFrame:
+    """Of the layers, and with all else."""
+    weights = layers.d_out * layers.d_in
+    forms = {form: layers[form].fillna(layers.dense).clip(upper=layers.dense).sum() for form in _FORMS}
+    of_layers = [weights.sum(), (layers.sparsity * weights).sum(), *forms.values()]
+    size, zeros, nbytes = (sum(column) for column in zip(*rest, strict=True))
+    of_all = [value + more for value, more in zip(of_layers, [size, zeros, *[nbytes] * len(_FORMS)], strict=True)]
+    totals = pd.DataFrame([of_layers, of_all], ["layers", "checkpoint"], ["weights", "sparsity", *_FORMS])
+    totals["sparsity"] /= totals.weights
+    return totals.astype(dict.fromkeys(["weights", *_FORMS], int))
 
 
-def _intact(path: Path, digest: str) -> bool:
-    return path.is_file() and checksum(path) == digest
+def _sums(folder: Path, stamp: Manifest | None) -> dict[str, str]:
+    """Each file by a manifest, which may come from anybody, so that only names in the folder itself are looked up."""
+    results = _mapping(stamp, "results")
+    said = {**_mapping(results, "checksums"), **_mapping(results, "tables")}
+    found = {name: folder / name for name in said if Path(name).name == name}
+    return {
+        name: "missing" if not path.is_file() else "same" if checksum(path) == said[name] else "changed"
+        for name, path in found.items()
+    }
+
+
+def _mapping(holder: Any, name: str) -> dict[str, Any]:
+    value = holder.get(name) if isinstance(holder, dict) else None
+    return value if isinstance(value, dict) else {}
+
+
+def _table(table: pd.DataFrame) -> str:
+    """With shares as percentages, thousands apart, and nothing where nothing is known."""
+    text = table.astype(object).map(_cell)
+    text["sparsity"] = [f"{share:.2%}" for share in table.sparsity]
+    return text.to_string(index=False)
+
+
+def _cell(value: Any) -> str:
+    if value is pd.NA:
+        return ""
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _about(manifest: Manifest | None) -> list[str]:
+    """What a manifest says, in a few lines."""
+    if manifest is None:
+        return [f"no {files.STAMP}: what this was made from is not known"]
+    settings, versions, results = (_mapping(manifest, name) for name in ("settings", "versions", "results"))
+    asked = manifest.get("line") or f"{manifest['command']}, called from Python"
+    lines = [
+        f"{files.STAMP}: {asked} ({manifest.get('date', 'no date')})",
+        ", ".join(f"{name} {settings[name]}" for name in _SETTINGS if settings.get(name) is not None),
+        ", ".join(f"{name} {versions[name]}" for name in _VERSIONS if name in versions),
+        f"perplexity {measured:.2f}" if isinstance(measured := results.get("perplexity"), float) else "",
+    ]
+    return [" ".join(line.split()) for line in lines if line]
+
+
+def _of_files(sums: dict[str, str]) -> list[str]:
+    """Whether files are what they were."""
+    if not sums:
+        return []
+    counts = Counter(sums.values())
+    others = [f"{name} is {state}" for name, state in sums.items() if state != "same"]
+    return ["; ".join([f"{counts['same']} of {len(sums)} files are as its checksums say", *others])]

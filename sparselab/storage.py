@@ -15,9 +15,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sparselab import solvers
+from sparselab.solvers.sparsity import NM, groups_beyond
 
 Parts = dict[str, Tensor]
-TWO_OF_FOUR = solvers.NM(2, 4)
 
 
 @dataclass(frozen=True)
@@ -41,14 +41,7 @@ class Encoded:
 
 
 def encode(weight: Float[Tensor, "d_out d_in"], form: str) -> Encoded:
-    """A weight as the buffers of one of four forms.
-
-    Bytes, for n entries of b bytes, k of them not zero:
-
-    - dense: n·b
-    - bitmask, one bit an entry says whether a value follows: k·b + ⌈n/8⌉
-    - 2:4, two values of every four and two bits each for their places: n·b/2 + ⌈n/8⌉
-    - CSR, an int32 column a value and an int32 offset a row: k·(b + 4) + 4·(d_out + 1)
+    """A weight as the buffers of one of four forms; `encoded_bytes` says how many bytes they are.
 
     Args:
         weight: [d_out, d_in], any float dtype; what is not zero is kept bit for bit, −0 comes back as 0.
@@ -57,37 +50,35 @@ def encode(weight: Float[Tensor, "d_out d_in"], form: str) -> Encoded:
     Raises:
         ValueError: an unknown form, or a weight that is not 2:4 in that form: prune it with sparsity "2:4".
     """
-    _check_form(form)
+    if form not in FORMS:
+        raise ValueError(f"form: expected one of {', '.join(FORMS)}, received {form!r}")
     d_out, d_in = weight.shape
     return Encoded(form, (d_out, d_in), FORMS[form][0](weight.detach()))
 
 
-def encoded_bytes(weight: Float[Tensor, "d_out d_in"], form: str) -> int:
-    """What `encode(weight, form).nbytes` is, without encoding: a count of the weights that are not zero is enough.
+def encoded_bytes(shape: tuple[int, int], kept: int, itemsize: int) -> dict[str, int]:
+    """Bytes of each form, as `encode` would make it, of a weight that need not be at hand.
 
-    Raises:
-        ValueError: see `encode`.
+    For n entries of b bytes, k of them not zero:
+
+    - dense: n·b
+    - bitmask, one bit an entry says whether a value follows: k·b + ⌈n/8⌉
+    - 2:4, two values of every four and two bits each for their places: n·b/2 + ⌈n/8⌉
+    - CSR, an int32 column a value and an int32 offset a row: k·(b + 4) + 4·(d_out + 1)
+
+    Args:
+        shape: d_out, d_in; for 2:4, which the weight has to be, d_in is a multiple of 4.
+        kept: entries that are not zero, k.
+        itemsize: bytes of an entry, b.
     """
-    n, b = weight.numel(), weight.element_size()
-    if form == "dense":
-        return n * b
-    if form == "2:4":
-        _check_two_of_four(weight)
-        return n // 2 * b + -(-n // 8)
-    _check_form(form)
-    kept = int(weight.count_nonzero())
-    return kept * b + -(-n // 8) if form == "bitmask" else kept * (b + 4) + 4 * (len(weight) + 1)
-
-
-def crowded_groups(weight: Float[Tensor, "d_out d_in"], pattern: solvers.NM) -> int:
-    """How many groups of consecutive inputs keep more weights than N:M lets them.
-
-    Raises:
-        ValueError: M does not divide d_in.
-    """
-    pattern.check(weight.shape[1], pattern.group)
-    kept = (weight != 0).reshape(-1, pattern.group).sum(dim=1)
-    return int((kept > pattern.kept).sum())
+    entries = shape[0] * shape[1]
+    bits = -(-entries // 8)
+    return {
+        "dense": entries * itemsize,
+        "bitmask": kept * itemsize + bits,
+        "2:4": entries // 2 * itemsize + bits,
+        "CSR": kept * (itemsize + 4) + 4 * (shape[0] + 1),
+    }
 
 
 def decode(encoded: Encoded) -> Float[Tensor, "d_out d_in"]:
@@ -159,11 +150,6 @@ def _from_csr(parts: Parts, shape: tuple[int, int]) -> Tensor:
     return weight
 
 
-def _check_form(form: str) -> None:
-    if form not in FORMS:
-        raise ValueError(f"form: expected one of {', '.join(FORMS)}, received {form!r}")
-
-
 def _to_bitmask(weight: Tensor) -> Parts:
     places = weight != 0
     return {"mask": _pack(places.flatten().byte(), 1), "values": weight[places]}
@@ -177,20 +163,16 @@ def _from_bitmask(parts: Parts, shape: tuple[int, int]) -> Tensor:
 
 
 def _to_two_of_four(weight: Tensor) -> Parts:
-    _check_two_of_four(weight)
+    if weight.shape[1] % 4:
+        raise ValueError(f"2:4: expected d_in to be a multiple of 4, received {weight.shape[1]}")
+    if full := groups_beyond(weight, NM(2, 4)):
+        raise ValueError(
+            f'2:4: expected at most two of every four weights, received {full} groups with more; prune with "2:4"'
+        )
     groups = weight.reshape(-1, 4)
     # The first two that are not zero; zeros are taken along where there are fewer.
     places = (groups == 0).byte().argsort(dim=1, stable=True)[:, :2].sort(dim=1).values
     return {"places": _pack(places.flatten().byte(), 2), "values": groups.gather(1, places).flatten()}
-
-
-def _check_two_of_four(weight: Tensor) -> None:
-    if weight.shape[1] % 4:
-        raise ValueError(f"2:4: expected d_in to be a multiple of 4, received {weight.shape[1]}")
-    if full := crowded_groups(weight, TWO_OF_FOUR):
-        raise ValueError(
-            f'2:4: expected at most two of every four weights, received {full} groups with more; prune with "2:4"'
-        )
 
 
 def _from_two_of_four(parts: Parts, shape: tuple[int, int]) -> Tensor:
@@ -218,7 +200,10 @@ def _shifts(like: Tensor, bits: int) -> Tensor:
 
 def _smaller(value: Tensor) -> int:
     """Bytes of a tensor of a checkpoint, as a bitmask if it is a matrix and that is smaller."""
-    return min(value.nbytes, encoded_bytes(value, "bitmask")) if value.ndim == 2 else value.nbytes
+    if value.ndim != 2:
+        return value.nbytes
+    sizes = encoded_bytes((value.shape[0], value.shape[1]), int(value.count_nonzero()), value.element_size())
+    return min(sizes["dense"], sizes["bitmask"])
 
 
 def _compressed_size(path: Path) -> int:

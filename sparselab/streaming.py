@@ -14,17 +14,16 @@ from typing import Any
 
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from sparselab import files, manifest, preflight, sources
-from sparselab.calibration import advance_streams, enter
 from sparselab.errors import OutputError, UnsupportedModelError
 from sparselab.journal import Journal, read_journal
 from sparselab.methods import Settings
-from sparselab.models.blocks import Decoder, evaluating
+from sparselab.models.blocks import Decoder
 from sparselab.models.checkpoint import INDEX, checksum, write_index, write_shard
 from sparselab.models.inputs import check_tokens
 from sparselab.models.loading import quiet
@@ -32,7 +31,7 @@ from sparselab.models.streamed import StreamedModel
 from sparselab.progress import Progress
 from sparselab.pruning import Report, check_calib, check_model, walk_all
 from sparselab.ranks import Ranks
-from sparselab.saving import check_logits, open_again, window_to_check
+from sparselab.saved import Witness
 from sparselab.walk import Row
 
 _CARD = """# {name}, pruned
@@ -77,8 +76,10 @@ def prune_checkpoint(
     One block at a time is read, pruned as `prune` would, and written. Killed at any moment, it goes on after the last
     block that was written, with the same weights in the end as if it had not been.
 
-    Each file is read back when it is written. The whole is opened again before it takes its place: on a few tokens its
-    own forward has to give the logits of the model at hand with the pruned blocks in it.
+    Before the output gets its name, it is opened again. Every tensor is read back when it is written and compared, bit
+    for bit, with the one in memory; in the end, all files still have the checksums that they had then. And one window
+    of 64 tokens, which has passed each block as it was written (from its file, if an earlier process wrote it), has the
+    same logits by the reopened model's own forward. What is read back may come from the system's cache, not the drive.
 
     Args:
         model, tokenizer: from `stream`.
@@ -101,7 +102,7 @@ def prune_checkpoint(
 
     Raises:
         OutputError: `out` cannot be written, another process writes to it, or it holds what an earlier call has
-            finished: without `resume`, or of other settings or inputs; or what was written is not what is read back.
+            finished: without `resume`, or of other settings or inputs. Or what is read back is not what was written.
         ModelLoadError: a file is damaged.
         NotEnoughMemoryError: see `force`.
         LostRankError: another process has ended.
@@ -142,6 +143,7 @@ def prune_checkpoint(
             preflight.check(needs, decoder.device, folder)
         if ranks.leads:
             tell(f"{needs} to go; {shards.done} of {len(decoder.blocks)} blocks are done")
+        shards.begin()
         hidden = folder / f"hidden-{ranks.rank}" if spill else None
         if hidden:
             hidden.mkdir()
@@ -159,12 +161,11 @@ def prune_checkpoint(
         if hidden:
             shutil.rmtree(hidden)
         ranks.wait(decoder.device)
-        window = window_to_check(decoder, windows)
-        logits = shards.logits(window) if ranks.leads or decoder.residence.collective else None
+        logits = shards.logits()
         if journal and logits is not None:
             shards.finish()
             _describe(folder, model, tokenizer, report, made)
-            check_logits(out, logits, open_again(model.model, folder, decoder.device), window)
+            shards.check(logits)
             made["machine"] |= {"resumed_after_blocks": shards.done} if shards.done else {}
             sums = {entry["file"]: entry["sha256"] for entry in journal.entries}
             manifest.finish(folder, made, {"layers": report.layers, "checksums": sums}, ["report.csv"])
@@ -196,6 +197,7 @@ class _Shards:
         self, folder: Path, model: StreamedModel, decoder: Decoder, journal: Journal | None, ranks: Ranks
     ) -> None:
         self._folder, self._model, self._decoder, self._journal = folder, model, decoder, journal
+        self._witness: Witness | None = None
         blocks = [self._names(index) for index in range(len(decoder.blocks))]
         if len(set().union(*blocks)) < sum(map(len, blocks)):
             raise UnsupportedModelError("expected blocks with weights of their own; some share theirs")
@@ -210,6 +212,15 @@ class _Shards:
         """What is still to come."""
         return sum(self._bytes(self._shards[name]) for name in self._files[self.done :])
 
+    def begin(self) -> None:
+        """Send a window on its way through the pruned blocks; of those that are done, the files are at hand."""
+        if self._journal is None and not self._model.collective:
+            return
+        self._witness = Witness(self._decoder)
+        for index in range(self.done if self._journal else 0):
+            with self._model.instead(self._pruned(index)):
+                self._witness.follow(index)
+
     def kept(self, index: int) -> list[Row] | None:
         """See `Keeper`."""
         if index >= self.done:
@@ -219,9 +230,7 @@ class _Shards:
     def restore(self, index: int, block: nn.Module) -> None:
         """See `Keeper`."""
         prefix = self._decoder.block_prefix(index)
-        tensors = load_file(self._folder / self._files[index])
-        pruned = self._model.layout.in_model(tensors, self._absent(self._files[index]))
-        block.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in pruned.items()})
+        block.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in self._pruned(index).items()})
 
     def keep(self, index: int, rows: list[Row]) -> None:
         """See `Keeper`."""
@@ -231,6 +240,8 @@ class _Shards:
         weights = {each: self._model.weight(each) for each in self._shards[name]}
         digest = write_shard(self._folder / name, self._model.layout.in_files(weights))
         self._journal.append({"block": index, "file": name, "sha256": digest, "rows": rows})
+        if self._witness:
+            self._witness.follow(index)
 
     def finish(self) -> None:
         """Write what is in no block, and the index."""
@@ -242,16 +253,20 @@ class _Shards:
         stored = {shard: self._model.layout.in_files(self._absent(shard)) for shard in self._shards}
         write_index(self._folder, {shard: {n: t.nbytes for n, t in named.items()} for shard, named in stored.items()})
 
-    def logits(self, window: Int[Tensor, "1 seqlen"]) -> Float[Tensor, "1 seqlen vocab"]:
-        """Of the model at hand, replayed, with the blocks that were written in place of its own."""
-        with evaluating(self._decoder.model):
-            streams = enter(self._decoder, window, None)
-            for index in range(len(self._decoder.blocks)):
-                with self._decoder.block(index) as block:
-                    self.restore(index, block)
-                    advance_streams(self._decoder, index, streams)
-            with self._decoder.outside():
-                return self._decoder.head(streams[0].hidden)
+    def logits(self) -> Tensor | None:
+        """What the pruned model says of the window; None in a process that has not followed it."""
+        return self._witness.logits() if self._witness else None
+
+    def check(self, logits: Tensor) -> None:
+        """Look whether the output holds what was written, and opened again says the same of the window."""
+        for entry in self._journal.entries if self._journal else ():
+            if not _intact(self._folder, entry):
+                raise OutputError(
+                    f"{self._folder / entry['file']}: is not what was written any more; go on with --resume, which "
+                    "does it again"
+                )
+        if self._witness:
+            self._witness.check(logits, self._folder)
 
     def _undamaged(self, journal: Journal) -> int:
         """How many blocks' files are as they were written, one after the other; what else lies there is removed."""
@@ -262,6 +277,12 @@ class _Shards:
                 break
         files.clear(self._folder, keep=[entry["file"] for entry in journal.entries])
         return len(journal.entries)
+
+    def _pruned(self, index: int) -> dict[str, Tensor]:
+        """Weights of a block that is done, by their names in the model."""
+        name = self._files[index]
+        found = self._model.layout.in_model(load_file(self._folder / name), self._absent(name))
+        return {each: tensor.to(self._model.device) for each, tensor in found.items()}
 
     def _absent(self, shard: str) -> dict[str, Tensor]:
         return {name: self._model.absent[name] for name in self._shards[shard]}

@@ -33,7 +33,7 @@ _CHECKED = (
         "inheritance",
         "sources",
         "inspection",
-        "saving",
+        "saved",
         "papers",
         "reproduction",
         "tasks",

@@ -189,6 +189,7 @@ def test_failures_are_1_and_write_nothing(folder, text, tmp_path, capsys, argume
 def test_bad_models_are_1(folder, tmp_path, capsys, text):
     for name in (tmp_path / "none", "no/such", tmp_path):
         assert str(name) in fails(capsys, ["eval", name], 1)
+        assert str(name) in fails(capsys, ["inspect", name], 1)
     model = tiny_llama()
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[0, 0] = math.nan

@@ -39,7 +39,7 @@ def test_everything_works_without_optional_packages():
 
 def test_public_names():
     assert set(sparselab.__all__) == {
-        "Magnitude", "Perplexity", "Report", "SparseGPT", "Wanda", "bits_per_byte", "block_errors",
+        "Inspection", "Magnitude", "Perplexity", "Report", "SparseGPT", "Wanda", "bits_per_byte", "block_errors",
         "calibration_tokens", "check_saved", "collect", "compare", "completions", "difference", "evaluate_tasks",
         "evaluation_tokens", "inspect_checkpoint", "layer_quality", "load", "owl", "papers_table", "perplexity",
         "prune", "prune_checkpoint", "prune_gradually", "recover", "solvers", "stream", "train",

@@ -10,12 +10,14 @@ import pytest
 import torch
 from conftest import TEXTS, tiny_llama
 from filelock import FileLock
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 import sparselab
-from sparselab import prune, prune_checkpoint
+from sparselab import prune, prune_checkpoint, streaming
 from sparselab.errors import NonFiniteError, NotEnoughMemoryError, OutputError
 from sparselab.methods import Settings
+from sparselab.models.checkpoint import write_index
 from sparselab.solvers import parse_sparsity
 
 ROOT = Path(__file__).parent.parent
@@ -236,6 +238,82 @@ def test_what_was_damaged_meanwhile_is_named_and_done_again(folder, tokens, tmp_
     assert ("line 2 is damaged" if damage == "journal" else f"{shard.name}: is missing or damaged") in told[0]
     assert "0 of 3 blocks are done" in told[1]
     assert same(streamed, in_memory(tiny_llama(), tokens)[0])
+
+
+def spoilt(tensors, path, **how):
+    """Writes another last bit of the first value of every up_proj."""
+    changed = {name: tensor.clone() for name, tensor in tensors.items()}
+    for name, tensor in changed.items():
+        if "up_proj" in name:
+            tensor.view(torch.int32).view(-1)[0] ^= 1
+    save_file(changed, path, **how)
+
+
+def less(tensors, path, **how):
+    """Leaves a norm out."""
+    save_file({name: tensor for name, tensor in tensors.items() if "post_attention" not in name}, path, **how)
+
+
+@pytest.mark.parametrize(
+    ("writer", "message"),
+    [
+        (spoilt, r"00001-of-00006.safetensors: model.layers.0.mlp.up_proj.weight read back is not what was written"),
+        (less, r"has other tensors, model.layers.0.post_attention_layernorm.weight for one"),
+    ],
+)
+def test_what_is_written_is_read_back(folder, tokens, tmp_path, monkeypatch, writer, message):
+    with monkeypatch.context() as patch, pytest.raises(OutputError, match=message):
+        patch.setattr("sparselab.models.checkpoint.save_file", writer)
+        pruned(folder, tokens)
+    assert not (tmp_path / UNFINISHED).exists(), "no block was finished"
+    assert same(pruned(folder, tokens)[0], in_memory(tiny_llama(), tokens)[0])
+
+
+def test_a_bit_that_is_lost_after_it_was_read_back_is_found_before_the_end(folder, tokens, tmp_path, monkeypatch):
+    def losing(work, *rest):
+        shard = work / "model-00002-of-00006.safetensors"
+        held = bytearray(shard.read_bytes())
+        held[-1] ^= 1
+        shard.write_bytes(held)
+        write_index(work, *rest)
+
+    with monkeypatch.context() as patch, pytest.raises(OutputError, match=r"00002-of-00006.* not what was written any"):
+        patch.setattr("sparselab.streaming.write_index", losing)
+        pruned(folder, tokens)
+    assert not (tmp_path / "out").exists()
+    told = []
+    assert same(pruned(folder, tokens, resume=True, tell=told.append)[0], in_memory(tiny_llama(), tokens)[0])
+    assert "1 of 3 blocks are done" in told[-1]
+
+
+@pytest.mark.parametrize("propagate", ["pruned", "dense"])
+@pytest.mark.parametrize("resume", [False, True])
+def test_the_reopened_model_has_to_say_the_same(folder, tokens, monkeypatch, propagate, resume):
+    """A configuration that has lost something: the weights are right, and the model is not."""
+    describe, settings = streaming._describe, Settings(propagate=propagate)
+
+    def forgetful(work, *rest):
+        describe(work, *rest)
+        config = json.loads((work / "config.json").read_text())
+        (work / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-2}))
+
+    if resume:
+        interrupt(folder, tokens, 9, settings=settings)
+    with monkeypatch.context() as patch, pytest.raises(OutputError, match=r"gives other logits \(relative difference"):
+        patch.setattr("sparselab.streaming._describe", forgetful)
+        pruned(folder, tokens, settings, resume=resume)
+    assert same(pruned(folder, tokens, settings, resume=True)[0], in_memory(tiny_llama(), tokens, settings)[0])
+
+
+def test_the_window_sees_the_pruned_blocks_bit_for_bit(folder, tokens, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr("sparselab.saved._check_logits", lambda wanted, *_: seen.append(wanted))
+    for propagate in ("pruned", "dense"):
+        pruned(folder, tokens, Settings(propagate=propagate), overwrite=True)
+        whole, _ = sparselab.load(tmp_path / "out", "cpu")
+        window = torch.linspace(0, 299, 64, dtype=torch.float64).long()[None]
+        with torch.no_grad():
+            assert torch.equal(seen.pop(), whole(window).logits)
 
 
 def test_one_process_at_a_time(folder, tokens, tmp_path):

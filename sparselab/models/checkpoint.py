@@ -71,29 +71,30 @@ def write_shard(path: Path, tensors: dict[str, Tensor]) -> str:
     """Write tensors to a file, whole or not at all, and read them back; returns its checksum (SHA-256).
 
     Raises:
-        OutputError: it cannot be written, as on a full disk, or holds other bits than it was given.
+        OutputError: it cannot be written, as on a full disk, or holds other bits than were to be written.
     """
     ready = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
     try:
         with files.written_whole(path) as partial:
             save_file(ready, partial, metadata={"format": "pt"})
-            _check_bits(partial, path, ready)
+            _check_written(path, partial, ready)
             return checksum(partial)
     except (OSError, SafetensorError) as error:
         raise OutputError(f"{path}: cannot be written ({error}); make room, and go on with --resume") from error
 
 
-def _check_bits(written: Path, path: Path, expected: dict[str, Tensor]) -> None:
-    with safe_open(written, framework="pt") as file:
-        for name, tensor in expected.items():
-            found = file.get_tensor(name)
-            same = (found.dtype, found.shape) == (tensor.dtype, tensor.shape)
-            if not same or not torch.equal(_bits(found), _bits(tensor)):
-                raise OutputError(f"{path}: {name} was read back with other bits; check the drive, and try again")
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    return tensor.reshape(-1).view(torch.uint8)  # in which NaN is like NaN, and −0 is not 0
+def unlike(wanted: Tensor, found: Tensor) -> str:
+    """In what a tensor is not, bit for bit, the one that is wanted, in words; empty if in nothing."""
+    if (wanted.dtype, wanted.shape) != (found.dtype, found.shape):
+        kinds = (f"{tuple(each.shape)} of {each.dtype}".replace("torch.", "") for each in (wanted, found))
+        return "expected {}, received {}".format(*kinds)
+    wanted, found = wanted.detach(), found.detach().to(wanted.device)
+    bits, others = (each.contiguous().flatten().view(torch.uint8) for each in (wanted, found))
+    if torch.equal(bits, others):
+        return ""
+    values = (bits != others).view(wanted.numel(), -1).any(dim=1).sum()
+    zeros = ((wanted == 0) != (found == 0)).sum()
+    return f"{values} of {wanted.numel()} values are others, {zeros} of them zero in one of the two"
 
 
 def write_index(folder: Path, shards: dict[str, dict[str, int]]) -> None:
@@ -130,6 +131,18 @@ def _listed(folder: Path) -> dict[str, str]:
         if path.is_absolute() or ".." in path.parts or "\\" in shard or path.suffix != ".safetensors":
             raise ModelLoadError(f"{index}: expected .safetensors files below its own folder, received {shard!r}")
     return named
+
+
+def _check_written(path: Path, written: Path, tensors: dict[str, Tensor]) -> None:
+    with safe_open(written, framework="pt") as file:
+        if (held := set(file.keys())) != tensors.keys():
+            raise OutputError(f"{path}: read back, it has other tensors, {sorted(held ^ tensors.keys())[0]} for one")
+        for name, tensor in tensors.items():
+            if trouble := unlike(tensor, file.get_tensor(name)):
+                raise OutputError(
+                    f"{path}: {name} read back is not what was written: {trouble}; memory or drive may be faulty: "
+                    "go on with --resume, or choose another --out"
+                )
 
 
 @contextmanager

@@ -46,6 +46,7 @@ def load(
     """
     place = existing_device(device)
     source, options = _found(name, trust_remote_code)
+    _check_tokenizer(name, source)
     with _opening(name, source):
         # Tokenizer first: it is quick to open, and quick to miss.
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
@@ -79,23 +80,51 @@ def stream(
     """
     place = existing_device(device)
     source, options = _found(name, trust_remote_code)
+    _check_tokenizer(name, source)
     with _opening(name, source):
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        folder = Path(source)
-        if not folder.exists():
-            wanted = [*_WHAT_A_MODEL_NEEDS, *(["*.py"] if trust_remote_code else [])]
-            folder = Path(
-                snapshot_download(source, allow_patterns=wanted, local_files_only=options["local_files_only"])
-            )
-        kind = None if dtype == "auto" else getattr(torch, str(dtype).removeprefix("torch."))
-        opened = PartitionedModel if zero else StreamedModel
-        streamed = opened(Checkpoint(folder), place, kind, trust_remote_code)
-        streamed.name = str(name)
-    if trouble := _misfit(streamed.model, streamed.misfit):
-        raise ModelLoadError(f"{name}: {trouble}")
+    streamed = _streamed(name, source, options, place, dtype, PartitionedModel if zero else StreamedModel)
     if isinstance(streamed, PartitionedModel):
         streamed.fill()
     return streamed, tokenizer
+
+
+def stream_weights(
+    name: str | Path,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype = "auto",
+    *,
+    trust_remote_code: bool = False,
+) -> StreamedModel:
+    """`stream`, of a model whose tokenizer is not needed and may not be there; the dtype "stored" is its files'."""
+    place = existing_device(device)
+    source, options = _found(name, trust_remote_code)
+    return _streamed(name, source, options, place, dtype, StreamedModel)
+
+
+def _streamed(
+    name: str | Path,
+    source: str,
+    options: dict[str, Any],
+    place: torch.device,
+    dtype: str | torch.dtype,
+    opened: type[StreamedModel],
+) -> StreamedModel:
+    with _opening(name, source):
+        folder = Path(source)
+        if not folder.exists():
+            wanted = [*_WHAT_A_MODEL_NEEDS, *(["*.py"] if options["trust_remote_code"] else [])]
+            folder = Path(
+                snapshot_download(source, allow_patterns=wanted, local_files_only=options["local_files_only"])
+            )
+        checkpoint = Checkpoint(folder)
+        kinds = {"auto": None, "stored": checkpoint.dtype}
+        precision = kinds[dtype] if dtype in kinds else getattr(torch, str(dtype).removeprefix("torch."))
+        streamed = opened(checkpoint, place, precision, options["trust_remote_code"])
+        streamed.name = str(name)
+    if trouble := _misfit(streamed.model, streamed.misfit):
+        raise ModelLoadError(f"{name}: {trouble}")
+    return streamed
 
 
 @contextmanager
@@ -152,11 +181,15 @@ def _found(name: str | Path, trust_remote_code: bool) -> tuple[str, dict[str, An
         return str(name), options | {"local_files_only": not hub_answers()}
     if not (where / "config.json").is_file():
         raise ModelLoadError(f"{name}: expected a model folder with a config.json, found none in it")
-    if not any(next(where.glob(pattern), None) for pattern in _TOKENIZER_FILES):
+    return str(where), options
+
+
+def _check_tokenizer(name: str | Path, source: str) -> None:
+    where = Path(source)
+    if where.exists() and not any(next(where.glob(pattern), None) for pattern in _TOKENIZER_FILES):
         raise ModelLoadError(
             f"{name}: has no tokenizer files; save the model's tokenizer there too (tokenizer.save_pretrained)"
         )
-    return str(where), options
 
 
 def hub_answers() -> bool:

@@ -1,7 +1,7 @@
 """A model whose weights stay in their files, but for the part that is being used."""
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
 from typing import NamedTuple
@@ -121,6 +121,18 @@ class StreamedModel:
         finally:
             for name in names:
                 self._put(name, self.absent[name])
+
+    @contextmanager
+    def instead(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
+        """Other values, by first name, in the places of weights inside; what was in these is back after it."""
+        before = {name: self.weight(name) for name in weights}
+        try:
+            for name, tensor in weights.items():
+                self._put(name, tensor)
+            yield
+        finally:
+            for name, tensor in before.items():
+                self._put(name, tensor)
 
     def check_write_back(self, wanted: Callable[[str], bool]) -> None:  # noqa: ARG002
         """Raise ValueError: the files are only read."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 from sparselab.errors import NonFiniteError
@@ -191,6 +191,17 @@ def check_sweep(
 def realised_sparsity(weight: Float[Tensor, "..."]) -> float:
     """Fraction of entries that are exactly zero."""
     return 1 - int(weight.count_nonzero()) / weight.numel() if weight.numel() else math.nan
+
+
+def groups_beyond(weight: Shaped[Tensor, "d_out d_in"], pattern: NM) -> int:
+    """How many groups of M consecutive entries of a row hold more than N that are not zero.
+
+    Raises:
+        ValueError: M does not divide d_in.
+    """
+    pattern.check(weight.shape[1], pattern.group)
+    kept = (weight != 0).unflatten(1, (-1, pattern.group)).sum(dim=2, dtype=torch.int32)
+    return int((kept > pattern.kept).sum())
 
 
 def _kth_lowest(scores: Float[Tensor, "*groups size"], k: int) -> Float[Tensor, "*groups 1"]:
