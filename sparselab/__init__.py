@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from sparselab.samples import completions
     from sparselab.saved import check_saved
     from sparselab.streaming import prune_checkpoint
+    from sparselab.sweeps import sweep
     from sparselab.tasks import evaluate_tasks
     from sparselab.training import train
     from sparselab.uncertainty import difference
@@ -59,6 +60,7 @@ _HOME = {
     "prune_gradually": "gradual",
     "recover": "recovery",
     "stream": "models",
+    "sweep": "sweeps",
     "train": "training",
 }
 
@@ -91,6 +93,7 @@ __all__ = [
     "recover",
     "solvers",
     "stream",
+    "sweep",
     "train",
 ]
 

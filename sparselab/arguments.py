@@ -24,8 +24,8 @@ def build_parser(runs: Runs) -> argparse.ArgumentParser:
     """The parser of the command line; its result has the command's function as `run`.
 
     Args:
-        runs: a function for each of the commands compare, table, prune, eval, samples, inspect, replay, bench and
-            train.
+        runs: a function for each of the commands compare, table, sweep, prune, eval, samples, inspect, replay, bench
+            and train.
     """
     parser = argparse.ArgumentParser(
         prog="sparselab", description="One-shot pruning of language models: magnitude, Wanda and SparseGPT, measured."
@@ -34,6 +34,7 @@ def build_parser(runs: Runs) -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     _add_compare(commands, runs)
     _add_table(commands, runs)
+    _add_sweep(commands, runs)
     _add_prune(commands, runs)
     _add_eval(commands, runs)
     _add_samples(commands, runs)
@@ -85,6 +86,33 @@ def _add_table(commands: Any, runs: Runs) -> None:
     )  # fmt: skip
     parser.add_argument("--eval-nsamples", type=_at_least(1), help="evaluation windows of each (default: all)")
     _add_machine(parser)
+
+
+def _add_sweep(commands: Any, runs: Runs) -> None:
+    parser = _command(
+        commands, "sweep", runs, "do every run of a grid that is not done yet", "sparselab sweep grid.yaml --out runs"
+    )
+    parser.description = (
+        "Do every run of a grid: parameters of notebooks/sweep_run.ipynb with a list of values each, all with all, but "
+        "for what 'exclude' lists. Whatever ends it, the same command goes on; what is done is not done again."
+    )
+    parser.add_argument("grid", metavar="GRID", help="YAML, as in 'sparsity: [0.5, 2:4]', a line a parameter")
+    parser.add_argument("--out", required=True, help="folder that collects results")
+    parser.add_argument("--dry-run", action="store_true", help="only say how many runs there are, and what they take")
+    parser.add_argument("--retry", action="store_true", help="also do again what has failed")
+    parser.add_argument(
+        "--no-notebooks",
+        action="store_true",
+        help="do without an executed notebook for each run: quicker, same numbers",
+    )
+    parser.add_argument(
+        "--workers", type=_at_least(1), metavar="N", help="processes, which share the cores (default: 1)"
+    )
+    parser.add_argument(
+        "--scheduler",
+        metavar="ADDRESS",
+        help="of a Dask cluster, as tcp://host:8786; or slurm: --workers jobs, as Dask is configured",
+    )
 
 
 def _add_prune(commands: Any, runs: Runs) -> None:

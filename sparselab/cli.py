@@ -5,7 +5,8 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext, redirect_stdout
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
+from functools import partial
 from io import StringIO, TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -16,6 +17,7 @@ from sparselab.errors import SparselabError
 if TYPE_CHECKING:
     import pandas as pd
 
+    from sparselab.engines import Engine
     from sparselab.manifest import Request
 
 
@@ -46,6 +48,7 @@ def _runs() -> Runs:
     return {
         "compare": _compare,
         "table": _table,
+        "sweep": _sweep,
         "prune": _prune,
         "eval": _eval,
         "samples": _samples,
@@ -140,6 +143,28 @@ def _table(options: argparse.Namespace) -> None:
         result = papers_table(*given, resume=options.resume, tell=_say, request=_request(options))
     _say("\n" + result.table.to_string(index=False) + "\n\n" + result.caption)
     _say(f"Written to {options.out}: table.csv, table.md")
+
+
+def _sweep(options: argparse.Namespace) -> None:
+    from sparselab import files, sweeps
+
+    template = None if options.no_notebooks else files.bundled("notebooks/sweep_run.ipynb")
+    with _engine(options) as engine:
+        if options.dry_run:
+            _say(str(sweeps.plan(options.grid, options.out, engine, template=template, retry=options.retry)))
+            return
+        table = sweeps.sweep(options.grid, options.out, engine, template=template, retry=options.retry, tell=_say)
+    failed = int((table.failure != "").sum())
+    _say(f"{len(table)} runs in {options.out}" + (f", {failed} of them failed" if failed else ""))
+
+
+def _engine(options: argparse.Namespace) -> "AbstractContextManager[Engine | None]":
+    """Who does the runs of a sweep."""
+    from sparselab.engines import Pool, dask_executor
+
+    if options.scheduler:
+        return dask_executor(options.scheduler, options.workers or 1)
+    return nullcontext(partial(Pool, options.workers) if (options.workers or 1) > 1 else None)
 
 
 def _prune(options: argparse.Namespace) -> None:

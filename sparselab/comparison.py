@@ -1,32 +1,23 @@
 """The main job: one model pruned several ways on the same windows, and what each way cost."""
 
 import math
-import time
 from collections.abc import Hashable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sparselab import files, manifest, sources
+from sparselab import estimates, files, manifest, sources
 from sparselab.errors import SingularHessianError
-from sparselab.evaluation import perplexity
 from sparselab.experiment import RunConfig, TextConfig, Workbench, check_several
-from sparselab.methods import find
-from sparselab.models.blocks import Decoder, evaluating
-from sparselab.models.inputs import batches, check_tokens
+from sparselab.models.blocks import Decoder
+from sparselab.models.inputs import check_tokens
 from sparselab.pruning import check_model
 from sparselab.uncertainty import Interval, difference, pooled
 
-# Passes of the blocks over the calibration windows that a whole run of a method costs, as measured on two CPU cores; of
-# others, what one costs that has to know as much. Then what it costs to measure the layers.
-_PASSES = {"magnitude": 0.05, "wanda": 1.7, "sparsegpt": 2.4}
-_PASSES_BY_NEEDS = {"nothing": 0.05, "feature norms": 1.7, "hessian": 3.0}
-_QUALITY_PASSES = 2.0
 _MEANS = ["sparsity", "relative_error", "optimality_gap", "seconds", "peak_memory_mb"]  # over seeds
 _COLUMNS = ["method", "pattern", "sparsity", "perplexity", "stderr", "ratio", *_MEANS[1:]]
 # Not for a manifest: the first two follow from the perplexities, and relative to themselves say nothing when they are
@@ -275,17 +266,6 @@ def caption(model: str, text: TextConfig, nsamples: int | str, seeds: tuple[int,
 
 def estimate_seconds(model: PreTrainedModel, config: CompareConfig) -> float:
     """About how long `compare` will take, from the speed of a few batches of the model's own blocks."""
-    decoder = Decoder(model)
-    tokens = torch.zeros(64, config.seqlen, dtype=torch.long)
-    with evaluating(model):
-        tried = next(batches(tokens, None, decoder.device))
-        perplexity(model, tried, progress=False)  # the first call pays for allocations
-        started = time.perf_counter()
-        for _ in range(3):
-            perplexity(model, tried, progress=False)
-    per_window = (time.perf_counter() - started) / 3 / len(tried)
-    methods = [run.method for run in config.runs()]
-    evaluation = per_window * config.eval_nsamples * (1 + len(methods))
-    usual = {method: _PASSES_BY_NEEDS[find(method).needs] for method in config.methods}
-    passes = 2.0 + sum((usual | _PASSES)[method] + _QUALITY_PASSES for method in methods)
-    return evaluation + passes * per_window * config.nsamples
+    windows = estimates.windows_before(config.eval_nsamples, config.nsamples)
+    windows += estimates.windows_passed(config.runs(), config.eval_nsamples)
+    return windows * estimates.seconds_per_window(model, config.seqlen)

@@ -43,6 +43,14 @@ class CalibrationText:
         self._tokenizer, self._dataset, self._source = tokenizer, dataset, source(dataset, "train")
         self._tokenised: dict[int, Int[Tensor, " tokens"]] = {}
 
+    @cached_property
+    def sha256(self) -> str:
+        """Of all documents, one after another: another text has another."""
+        digest = hashlib.sha256()
+        for text in _written(self._source.documents):
+            digest.update(_digest(text))
+        return digest.hexdigest()
+
     def draw(self, nsamples: int, seed: int) -> Int[Tensor, "nsamples seqlen"]:
         """Windows: the first n of a larger draw with the same seed are the draw of n windows.
 
@@ -180,8 +188,7 @@ def cut(
 
 def _first_token(tokenizer: PreTrainedTokenizerBase, bos: Bos) -> Int[Tensor, " one_or_none"]:
     """What opens each window."""
-    if bos not in ("document", "window"):
-        raise ValueError(f"bos: expected 'document' or 'window', received {bos!r}")
+    check_bos(bos)
     if bos == "document":
         return torch.empty(0, dtype=torch.long)
     if tokenizer.bos_token_id is None:
@@ -191,6 +198,12 @@ def _first_token(tokenizer: PreTrainedTokenizerBase, bos: Bos) -> Int[Tensor, " 
 
 def _begun(first: Int[Tensor, " one_or_none"], windows: Int[Tensor, "n length"]) -> Int[Tensor, "n seqlen"]:
     return torch.cat([first.expand(len(windows), -1), windows], dim=1) if len(first) else windows
+
+
+def check_bos(bos: str) -> None:
+    """Raise ValueError unless it is a place where begin-of-sequence tokens can stand."""
+    if bos not in ("document", "window"):
+        raise ValueError(f"bos: expected 'document' or 'window', received {bos!r}")
 
 
 def joined(found: Source) -> Sequence[Document]:
@@ -233,15 +246,23 @@ def _tokenised(tokenizer: PreTrainedTokenizerBase, texts: Sequence[Document], sp
 def _key(tokenizer: PreTrainedTokenizerBase, texts: Sequence[Document], special: bool) -> str:
     """A hash of all that tokens depend on; none of what is not kept: short texts, and tokenizers that are no data."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    written = [text if isinstance(text, str) else json.dumps(text) for text in texts]
+    written = _written(texts)
     if backend is None or sum(map(len, written)) < _WORTH_KEEPING:
         return ""
     settings = {name: value for name, value in tokenizer.init_kwargs.items() if name != "name_or_path"}
     made_by = [type(tokenizer).__name__, *map(version, ("tokenizers", "transformers"))]
     digest = hashlib.sha256(json.dumps([made_by, settings, tokenizer.chat_template, special], default=str).encode())
     for part in (backend.to_str(), *written):
-        digest.update(hashlib.sha256(part.encode("utf-8", "surrogatepass")).digest())
+        digest.update(_digest(part))
     return digest.hexdigest()
+
+
+def _written(texts: Sequence[Document]) -> list[str]:
+    return [text if isinstance(text, str) else json.dumps(text) for text in texts]
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
 
 
 def _kept(path: Path) -> Int[Tensor, " tokens"] | None:

@@ -51,3 +51,7 @@ class OutputError(SparselabError):
 
 class ReplayError(SparselabError):
     """Work that was done again came to other numbers, or would have started from other things."""
+
+
+class LostWorkerError(SparselabError):
+    """Processes that do the runs of a sweep have ended again and again."""

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import traceback
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
@@ -21,6 +22,7 @@ from sparselab.allocation import parse_allocation
 from sparselab.calibration import Collected, collect, collect_nested
 from sparselab.errors import SingularHessianError
 from sparselab.evaluation import Perplexity, perplexity
+from sparselab.manifest import tokens_hash, weights_hash
 from sparselab.methods import Settings, find
 from sparselab.models.blocks import Decoder, find_linears, read_weight
 from sparselab.progress import Progress
@@ -30,7 +32,7 @@ from sparselab.solvers import relative_error
 from sparselab.uncertainty import Interval, difference
 
 _REFERENCE_WINDOWS = 128
-RESULT = "result.json"
+RESULT, FAILURE = "result.json", "failure.json"
 _LAYER, _QUALITY = ["block", "layer"], ["calibration_error", "optimality_gap", "residual"]
 
 
@@ -57,6 +59,7 @@ class TextConfig:
             if getattr(self, name) < least:
                 raise ValueError(f"{name}: expected at least {least}, received {getattr(self, name)}")
         sources.check_apart(self.dataset, self.eval_dataset)
+        corpora.check_bos(self.bos)
 
 
 def check_several(config: object, *names: str) -> None:
@@ -146,9 +149,13 @@ class Workbench:
         tokenizer: its tokenizer.
         name: what to call the model in tables.
         text: what it is calibrated and measured on.
-        folder: where finished runs are kept and found again; None keeps them in memory alone.
+        folder: where finished runs, and the dense model's perplexity, are kept and found again; None keeps them in
+            memory alone.
         measure_error: measure layers too, after the run and besides its seconds and memory. It takes another pass of
             the calibration windows, and the statistics of all layers are held in memory.
+
+    Attributes:
+        identity: what a result depends on besides settings: name and hash of the model, hashes of its texts, version.
     """
 
     def __init__(
@@ -168,14 +175,28 @@ class Workbench:
         self._decoder = Decoder(model)
         self._decoder.check_whole()
         self._dense_weights = copy_weights(model)
-        self._identity = {"model": name, "weights": _fingerprint(model), "version": __version__}
+        self.identity = {
+            "model": name,
+            "weights": weights_hash(model),
+            "calibration_text": self._text.sha256,
+            "evaluation_tokens": tokens_hash(self.held_out),
+            "version": __version__,
+        }
         self._results: dict[RunConfig, Result] = {}
         self._collected: dict[tuple[int, int], Collected] = {}
 
     @cached_property
     def dense(self) -> Perplexity:
         """Perplexity of the dense model on the held-out windows."""
-        return perplexity(self.model, self.held_out, progress=False)
+        if self.folder is None:
+            return perplexity(self.model, self.held_out, progress=False)
+        about = {name: value for name, value in self.identity.items() if name != "calibration_text"}
+        path = self.folder / "dense" / f"{_key(about)}.json"
+        if path.is_file():
+            return self._measured(json.loads(path.read_text(encoding="utf-8"))["nll"])
+        found = perplexity(self.model, self.held_out, progress=False)
+        _write(path, about | {"nll": found.nll.tolist()})
+        return found
 
     @cached_property
     def reference(self) -> Collected:
@@ -200,12 +221,15 @@ class Workbench:
         nested = collect_nested(self.model, self.calibration(max(sizes), seed), sizes, progress=progress)
         self._collected.update({(size, seed): statistics for size, statistics in nested.items()})
 
+    def forget_collected(self) -> None:
+        """Give the memory back that `collect` took."""
+        self._collected = {}
+
     def finished(self, config: RunConfig) -> Result | None:
         """The result of a run, if it was computed before: by this object, or by another on the same folder."""
         if config not in self._results and self.folder is not None and self._path(self.folder, config).is_file():
             kept = json.loads(self._path(self.folder, config).read_text(encoding="utf-8"))
-            if "nll" in kept:  # earlier versions did not keep it
-                self._results[config] = Result(kept["row"], kept["layers"], kept["nll"])
+            self._results[config] = Result(kept["row"], kept["layers"], kept["nll"])
         return self._results.get(config)
 
     def run(self, config: RunConfig, progress: Progress = False) -> Result:
@@ -228,7 +252,7 @@ class Workbench:
         except SingularHessianError as error:
             result = Result(_described(config) | {"failure": str(error)}, [])
         if self.folder is not None:
-            write_result(self._path(self.folder, config), self._identity | {"text": asdict(self.text)}, result)
+            _write(self._path(self.folder, config), self.identity | {"text": asdict(self.text)} | asdict(result))
         self._results[config] = result
         return result
 
@@ -249,7 +273,7 @@ class Workbench:
         result = self.run(config, progress)
         if result.row["failure"]:
             raise SingularHessianError(result.row["failure"])
-        return Perplexity(torch.tensor(result.nll, dtype=torch.float64), self.held_out.shape[1])
+        return self._measured(result.nll)
 
     def difference(
         self, first: RunConfig, second: RunConfig, seeds: Sequence[int] = (0,), progress: Progress = False
@@ -303,33 +327,48 @@ class Workbench:
                 rows.append({"block": index, "layer": layer, "relative_error": error})
         return pd.DataFrame(rows)
 
+    def _measured(self, nll: list[float]) -> Perplexity:
+        return Perplexity(torch.tensor(nll, dtype=torch.float64), self.held_out.shape[1])
+
     def _path(self, folder: Path, config: RunConfig) -> Path:
-        key = json.dumps(self._identity | asdict(self.text) | _described(config), sort_keys=True, default=str)
-        return folder / hashlib.sha256(key.encode()).hexdigest()[:16] / RESULT
+        return run_folder(folder, self.identity, self.text, config) / RESULT
 
 
-def write_result(path: Path, about: dict[str, Any], result: Result) -> None:
-    """Keep a result as JSON, whole or not at all, with what it is a result of."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    files.write_text(path, json.dumps(about | asdict(result), indent=1, default=str) + "\n")
+def run_folder(folder: Path, identity: dict[str, str], text: TextConfig, config: RunConfig) -> Path:
+    """Where a run is kept: named by a hash of all that its result depends on.
 
-
-def read_results(folder: Path) -> pd.DataFrame:
-    """The rows of all results kept below a folder, with the model's name, in the order of their paths.
-
-    Raises:
-        ValueError: there are none, or a file is damaged.
+    Args:
+        folder: of all runs.
+        identity: of the workbench.
+        text, config: settings.
     """
-    rows = []
-    for path in sorted(folder.rglob(RESULT)):
-        try:
-            kept = json.loads(path.read_text(encoding="utf-8"))
-            rows.append({"model": kept["model"]} | kept["text"] | kept["row"])
-        except (ValueError, KeyError) as error:
-            raise ValueError(f"{path}: expected a result of a run, found a damaged file; remove it") from error
-    if not rows:
-        raise ValueError(f"{folder}: expected results of runs ({RESULT} in folders), found none")
-    return pd.DataFrame(rows)
+    return folder / _key(identity | asdict(text) | _described(config))
+
+
+def _key(about: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _write(path: Path, kept: dict[str, Any]) -> None:
+    """As JSON, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    files.write_text(path, json.dumps(kept, indent=1, default=str) + "\n")
+
+
+def keep_failure(
+    folder: Path, identity: dict[str, str], text: TextConfig, config: RunConfig, error: BaseException
+) -> None:
+    """Write down why a run has no result, in the form of one.
+
+    Args:
+        folder: from `run_folder`.
+        identity: of the workbench.
+        text, config: settings.
+        error: what was raised.
+    """
+    why = " ".join(f"{type(error).__name__}: {error}".split())
+    about = identity | {"text": asdict(text), "traceback": traceback.format_exception(error)}
+    _write(folder / FAILURE, about | asdict(Result(_described(config) | {"failure": why}, [])))
 
 
 def _described(config: RunConfig) -> dict[str, Any]:
@@ -350,12 +389,3 @@ def _row(config: RunConfig, report: Report, ppl: Perplexity, dense: Perplexity, 
         "peak_memory_mb": report.peak_memory / 1e6,
         "failure": "",
     }
-
-
-def _fingerprint(model: PreTrainedModel) -> str:
-    """Tells models apart: a hash of every tensor's name, shape and first values."""
-    digest = hashlib.sha256()
-    for name, value in model.state_dict().items():
-        digest.update(f"{name} {tuple(value.shape)}".encode())
-        digest.update(value.flatten()[:64].float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]

@@ -13,7 +13,18 @@ from jaxtyping import config, install_import_hook
 _SOLVERS = (f"solvers.{path.stem}" for path in Path(__file__).parent.parent.glob("sparselab/solvers/*.py"))
 _CHECKED = (
     *(*_SOLVERS, "models", "corpora", "calibration", "evaluation", "resources", "methods", "progress", "pruning"),
-    *("pruners", "experiment", "comparison", "analysis", "cost", "storage", "sweep", "training", "figures", "widgets"),
+    *(
+        "pruners",
+        "experiment",
+        "comparison",
+        "analysis",
+        "cost",
+        "storage",
+        "results",
+        "training",
+        "figures",
+        "widgets",
+    ),
     *(
         "bench",
         "walk",
@@ -37,6 +48,9 @@ _CHECKED = (
         "papers",
         "reproduction",
         "tasks",
+        "results",
+        "grid",
+        "sweeps",
     ),
 )
 install_import_hook([f"sparselab.{name}" for name in _CHECKED], "runtime_types.check")
@@ -141,11 +155,24 @@ def bundled():
 
 
 @pytest.fixture(scope="session")
+def small(tmp_path_factory, tokenizer):
+    """A folder with a small model and two texts, as parameters of a run that takes no time."""
+    folder = tmp_path_factory.mktemp("small")
+    tiny_llama().save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    (folder / "calibration.txt").write_text("\n".join(TEXTS), encoding="utf-8")
+    (folder / "evaluation.txt").write_text("\n".join(TEXTS[:20]), encoding="utf-8")
+    texts = {"dataset": str(folder / "calibration.txt"), "eval_dataset": str(folder / "evaluation.txt")}
+    sizes = {"seqlen": 16, "eval_nsamples": 5, "nsamples": 8, "blocksize": 16}
+    return {"model": str(folder / "model")} | texts | sizes
+
+
+@pytest.fixture(scope="session")
 def sweep(tmp_path_factory):
     """The table that problem set 3 asks for, as `sweep_run.ipynb` makes it, but for layer errors."""
     from sparselab.course.handed_in import FIXED, METHODS, SEEDS
     from sparselab.experiment import RunConfig, TextConfig, Workbench
-    from sparselab.sweep import read_sweep
+    from sparselab.results import read_sweep
 
     model, tokenizer = sparselab.load("tiny", "cpu")
     folder = tmp_path_factory.mktemp("runs")

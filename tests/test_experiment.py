@@ -9,9 +9,10 @@ from conftest import TEXTS, tiny_llama
 import sparselab
 from sparselab import experiment
 from sparselab.errors import SingularHessianError
-from sparselab.experiment import Result, RunConfig, TextConfig, Workbench, read_results
+from sparselab.experiment import RESULT, Result, RunConfig, TextConfig, Workbench
 from sparselab.models.blocks import Decoder, read_weight
 from sparselab.quality import layer_quality
+from sparselab.results import read_results
 from sparselab.solvers import relative_error
 
 TEXT = TextConfig(dataset=TEXTS, eval_dataset=TEXTS[:20], seqlen=16, eval_nsamples=5)
@@ -115,28 +116,21 @@ def test_a_folder_keeps_runs_for_the_next_session_of_the_same_model(llama, token
     strangers = [
         Workbench(other, tokenizer, "m", TEXT, tmp_path),
         Workbench(llama, tokenizer, "m", replace(TEXT, eval_nsamples=4), tmp_path),
+        Workbench(llama, tokenizer, "m", replace(TEXT, dataset=[*TEXTS, "x = 1"]), tmp_path),
+        Workbench(llama, tokenizer, "m", replace(TEXT, eval_dataset=["x = 1", *TEXTS[:20]]), tmp_path),
     ]
     monkeypatch.setattr("sparselab.experiment.prune", None)
     assert again.run(RUN) == first
     assert again.perplexity(RUN).nll.tolist() == first.nll
+    dense = Workbench(tiny_llama(), tokenizer, "m", TEXT).dense
+    monkeypatch.setattr("sparselab.experiment.perplexity", None)
+    assert torch.equal(Workbench(tiny_llama(), tokenizer, "m", TEXT, tmp_path).dense.nll, dense.nll)
     for stranger in strangers:
         assert stranger.finished(RUN) is None
     assert again.finished(replace(RUN, percdamp=0.1)) is None
     read = read_results(tmp_path)
     assert read.loc[0, "perplexity"] == first.row["perplexity"]
     assert read.loc[0, "model"] == "m"
-
-
-def test_results_of_earlier_versions_without_losses_are_computed_anew(llama, tokenizer, tmp_path):
-    first = Workbench(llama, tokenizer, "m", TEXT, tmp_path).run(RUN)
-    [path] = tmp_path.rglob("result.json")
-    kept = json.loads(path.read_text())
-    losses = kept.pop("nll")
-    path.write_text(json.dumps(kept))
-    bench = Workbench(llama, tokenizer, "m", TEXT, tmp_path)
-    assert bench.finished(RUN) is None
-    assert bench.run(RUN).nll == first.nll == losses
-    assert json.loads(path.read_text())["nll"] == losses
 
 
 def test_a_stopped_run_leaves_a_dense_model_and_no_result(bench, llama, tmp_path):
@@ -151,7 +145,7 @@ def test_a_stopped_run_leaves_a_dense_model_and_no_result(bench, llama, tmp_path
         bench.run(RUN, stop)
     torch.testing.assert_close(dict(llama.state_dict()), before, rtol=0, atol=0)
     assert bench.runs.empty
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.rglob(RESULT)) == []
 
 
 def test_a_failed_factorisation_is_a_result_that_says_so(bench, monkeypatch):

@@ -42,7 +42,7 @@ def test_public_names():
         "Inspection", "Magnitude", "Perplexity", "Report", "SparseGPT", "Wanda", "bits_per_byte", "block_errors",
         "calibration_tokens", "check_saved", "collect", "compare", "completions", "difference", "evaluate_tasks",
         "evaluation_tokens", "inspect_checkpoint", "layer_quality", "load", "owl", "papers_table", "perplexity",
-        "prune", "prune_checkpoint", "prune_gradually", "recover", "solvers", "stream", "train",
+        "prune", "prune_checkpoint", "prune_gradually", "recover", "solvers", "stream", "sweep", "train",
     }  # fmt: skip
     for name in sparselab.__all__:
         assert getattr(sparselab, name).__doc__, name

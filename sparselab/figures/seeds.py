@@ -10,8 +10,8 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, MultipleLocator, NullLocator
 
 from sparselab.figures.style import GREY, captioned, method_style, new_figure, standing_apart
+from sparselab.results import SETTING_COLUMNS, TEXT_COLUMNS
 from sparselab.solvers import NM, parse_sparsity
-from sparselab.sweep import SETTING_COLUMNS, TEXT_COLUMNS
 
 Setting = Literal["sparsity", "percdamp", "nsamples"]
 Measured = Literal["perplexity", "relative_error", "calibration_error", "heldout_error"]
@@ -43,7 +43,7 @@ def curves(
     Where a Hessian could not be factored there is an x on the top edge, with how many of the seeds failed.
 
     Args:
-        runs: a row a run, as `Workbench.runs` or `experiment.read_results` gives them, without a row of the dense
+        runs: a row a run, as `Workbench.runs` or `results.read_runs` gives them, without a row of the dense
             model; apart from x and the seed, a method's runs have one setting.
         x: what changes along the axis.
         caption: model, tokens, seeds and what is not on the axes, drawn under the figure.

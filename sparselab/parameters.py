@@ -1,4 +1,4 @@
-"""What the sweep notebooks need: parameters checked before anything is loaded, results cut into figures.
+"""Parameters of sweeps and of their notebooks, checked before anything is loaded.
 
 papermill does not check the types of parameters and only warns of a misspelt name, so a notebook has to. Nothing heavy
 is imported before names and types are known to be right.
@@ -10,11 +10,10 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from types import NoneType
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from sparselab.experiment import RunConfig, TextConfig
 
 RUN_PARAMETERS: dict[str, tuple[type, ...]] = {
@@ -27,21 +26,17 @@ RUN_PARAMETERS: dict[str, tuple[type, ...]] = {
     "seqlen": (int,),
     "seed": (int,),
     "blocksize": (int,),
+    "propagate": (str,),
+    "wbits": (int, NoneType),
+    "true_sequential": (bool,),
+    "bos": (str,),
     "eval_dataset": (str,),
     "eval_nsamples": (int,),
     "out": (str,),
 }
 REPORT_PARAMETERS: dict[str, tuple[type, ...]] = {"folder": (str,), "where": (str,)}
 
-# Columns of results: what a model is measured on, and what is done to it, besides the method and the seed.
-TEXT_COLUMNS = ("model", "dataset", "eval_dataset", "seqlen", "eval_nsamples")
-SETTING_COLUMNS = ("pattern", "percdamp", "blocksize", "nsamples", "propagate")
-
-_WORDS = {int: "a whole number", float: "a number", str: "text"}
-_MEASURED = [
-    "sparsity", "perplexity", "stderr", "ratio", "relative_error", "calibration_error", "optimality_gap", "seconds",
-    "peak_memory_mb",
-]  # fmt: skip
+_WORDS = {int: "a whole number", float: "a number", str: "text", bool: "True or False", NoneType: "None"}
 
 
 class ParameterError(ValueError):
@@ -66,6 +61,19 @@ class SweepRun:
     text: "TextConfig"
     model: str = "tiny"
     out: Path = field(default_factory=lambda: Path("runs"))
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """As `checked_run` takes them."""
+        holders = (self.run, self.text, self)
+        values = {name: getattr(next(each for each in holders if hasattr(each, name)), name) for name in RUN_PARAMETERS}
+        return values | {"out": str(self.out)}
+
+    def __str__(self) -> str:
+        """Which run it is, as a message says it."""
+        run = self.run
+        how = f"percdamp {run.percdamp:g}, {run.nsamples} windows, seed {run.seed}"
+        return f"{self.model}, {run.method} {run.sparsity}, {how}"
 
 
 def checked_run(given: Mapping[str, Any]) -> SweepRun:
@@ -97,7 +105,7 @@ def checked_values(given: Mapping[str, Any], known: Mapping[str, tuple[type, ...
     Args:
         given: `globals()` of a notebook, whose cells just before the running one set parameters; or a dict of nothing
             but parameters.
-        known: the types each parameter may have, of int, float and str.
+        known: the types each parameter may have, of int, float, str, bool and None's.
 
     Raises:
         ParameterError: an unknown name, or a wrong type.
@@ -105,75 +113,16 @@ def checked_values(given: Mapping[str, Any], known: Mapping[str, tuple[type, ...
     for name in _assigned(given["In"]) if "In" in given else given:
         if name not in known:
             hint = _nearest(name, known) or f"; there are {', '.join(known)}"
-            raise ParameterError(f"{name}: expected a parameter of this notebook, received another name{hint}")
+            raise ParameterError(f"{name}: expected the name of a parameter, received another{hint}")
     values = {name: given[name] for name in known if name in given}
     for name, value in values.items():
         types = known[name]
         if type(value) is int and float in types:
             values[name] = float(value)
-        elif isinstance(value, bool) or not isinstance(value, types):
+        elif type(value) not in types:
             words = " or ".join(_WORDS[kind] for kind in types)
             raise ParameterError(f"{name}: expected {words}, received {value!r}")
     return values
-
-
-def read_sweep(folder: str | Path, where: str = "") -> "pd.DataFrame":
-    """All results below a folder, a row a run, sorted by their settings, with every column even if all runs failed.
-
-    Args:
-        folder: where `sweep_run` kept them.
-        where: which of them, as a pandas query on the columns: 'method != "magnitude" and seqlen == 256'.
-
-    Raises:
-        ParameterError: there are none, a file is damaged, or the filter is wrong or leaves none.
-    """
-    from sparselab.experiment import read_results
-    from sparselab.methods import METHODS
-
-    try:
-        results = read_results(Path(folder))
-    except ValueError as error:
-        raise ParameterError(f"folder: {error}") from error
-    results = results.reindex(columns=list(dict.fromkeys([*results.columns, *_MEASURED])))
-    order = {method: number for number, method in enumerate(METHODS)}
-    results = results.sort_values([*SETTING_COLUMNS, "seed"])
-    results = results.sort_values("method", key=lambda names: names.map(order), kind="stable", ignore_index=True)
-    try:
-        chosen = results.query(where) if where else results
-    except Exception as error:  # pandas and the parser below it each raise their own
-        columns, cause = ", ".join(results.columns), " ".join(str(error).split())
-        raise ParameterError(f"where: expected a pandas query on {columns}; received {where!r} ({cause})") from error
-    if chosen.empty:
-        raise ParameterError(f"where: expected a filter that leaves results, received {where!r}, which leaves none")
-    return chosen
-
-
-@dataclass(frozen=True)
-class Panel:
-    """Runs that differ in one setting and the seed: what one figure shows.
-
-    Args:
-        runs: a row a run.
-        caption: everything they have in common.
-        dense: perplexity of the dense model; None if no run got as far.
-    """
-
-    runs: "pd.DataFrame"
-    caption: str
-    dense: float | None
-
-
-def panels(results: "pd.DataFrame", x: Literal["sparsity", "percdamp", "nsamples"]) -> list[Panel]:
-    """Results cut into sets in which only this setting, the method and the seed vary; none where it does not vary.
-
-    Args:
-        results: from `read_sweep`.
-        x: the setting.
-    """
-    varied = "pattern" if x == "sparsity" else x
-    fixed = [results[name].astype(str) for name in (*TEXT_COLUMNS, *SETTING_COLUMNS) if name != varied]
-    groups = [group for _, group in results.groupby(fixed, sort=False) if group[varied].nunique() > 1]
-    return [Panel(group, _caption(group, varied), _dense(group)) for group in groups]
 
 
 def _assigned(cells: Sequence[str]) -> list[str]:
@@ -219,20 +168,3 @@ def _configured(values: dict[str, Any]) -> SweepRun:
     except ValueError as error:
         hint = _nearest(values["method"], METHODS) if str(error).startswith("method:") else ""
         raise ParameterError(f"{error}{hint}") from error
-
-
-def _caption(runs: "pd.DataFrame", varied: str) -> str:
-    from sparselab.comparison import caption
-    from sparselab.experiment import TextConfig
-
-    first = runs.iloc[0]
-    text = TextConfig(first.dataset, first.eval_dataset, int(first.seqlen), int(first.eval_nsamples))
-    nsamples = "–".join(map(str, sorted({runs.nsamples.min(), runs.nsamples.max()})))
-    about = [] if varied == "pattern" else [f"{first.pattern} (realised {100 * runs.sparsity.mean():.2f}%)"]
-    about += [] if varied == "percdamp" else [f"percdamp {first.percdamp:g}"]
-    return "; ".join([*about, caption(first.model, text, nsamples, tuple(sorted(runs.seed.unique().tolist())))])
-
-
-def _dense(runs: "pd.DataFrame") -> float | None:
-    dense = (runs.perplexity / runs.ratio).dropna()
-    return float(dense.iloc[0]) if len(dense) else None

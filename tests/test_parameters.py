@@ -4,21 +4,18 @@ import sys
 from pathlib import Path
 
 import nbformat
-import pandas as pd
 import pytest
-from conftest import TEXTS, tiny_llama
 
 from sparselab.experiment import RESULT, RunConfig, TextConfig
-from sparselab.sweep import (
+from sparselab.parameters import (
     REPORT_PARAMETERS,
     RUN_PARAMETERS,
     ParameterError,
     SweepRun,
     checked_run,
     checked_values,
-    panels,
-    read_sweep,
 )
+from sparselab.results import read_sweep
 
 ROOT = Path(__file__).parents[1]
 RUN, REPORT = (ROOT / "notebooks" / f"{name}.ipynb" for name in ("sweep_run", "sweep_report"))
@@ -47,11 +44,12 @@ def test_the_template_names_every_parameter_with_the_defaults_of_the_package():
 def test_parameters_become_settings(tmp_path):
     given = {
         "model": "m", "dataset": "stdlib", "method": "wanda", "sparsity": "2:4", "percdamp": 0.1, "nsamples": 3,
-        "seqlen": 32, "seed": 5, "blocksize": 16, "eval_dataset": str(tmp_path), "eval_nsamples": 7, "out": "x",
+        "seqlen": 32, "seed": 5, "blocksize": 16, "propagate": "dense", "wbits": None, "true_sequential": False,
+        "bos": "window", "eval_dataset": str(tmp_path), "eval_nsamples": 7, "out": "x",
     }  # fmt: skip
     assert set(given) == set(RUN_PARAMETERS)
-    run = RunConfig("wanda", "2:4", 0.1, 16, 3, 5)
-    text = TextConfig("stdlib", str(tmp_path), 32, 7)
+    run = RunConfig("wanda", "2:4", 0.1, 16, 3, 5, "dense")
+    text = TextConfig("stdlib", str(tmp_path), 32, 7, "window")
     assert checked_run(given) == SweepRun(run, text, "m", Path("x"))
 
 
@@ -66,8 +64,8 @@ def test_a_whole_number_passes_for_a_number():
 
 
 BAD = {
-    "misspelt": ({"sparsty": 0.6}, "sparsty: expected a parameter .*; did you mean sparsity\\?$"),
-    "unlike any": ({"zzz": 0.6}, "zzz: expected a parameter .*; there are model, dataset, .*, out$"),
+    "misspelt": ({"sparsty": 0.6}, "sparsty: expected the name .*; did you mean sparsity\\?$"),
+    "unlike any": ({"zzz": 0.6}, "zzz: expected the name .*; there are model, dataset, .*, out$"),
     "text for a count": ({"nsamples": "many"}, "^nsamples: expected a whole number, received 'many'$"),
     "fraction for a count": ({"nsamples": 8.0}, "^nsamples: expected a whole number, received 8.0$"),
     "bool for a count": ({"seed": True}, "^seed: expected a whole number, received True$"),
@@ -75,6 +73,11 @@ BAD = {
     "text for a number": ({"percdamp": "0.1"}, "^percdamp: expected a number, received '0.1'$"),
     "list for sparsity": ({"sparsity": [0.5]}, "^sparsity: expected a number or text, received \\[0.5\\]$"),
     "nothing for text": ({"model": None}, "^model: expected text, received None$"),
+    "text for bits": ({"wbits": "4"}, "^wbits: expected a whole number or None, received '4'$"),
+    "bits that no sweep rounds to": ({"wbits": 4, "method": "wanda"}, "^wbits: expected sparsegpt or an update"),
+    "a count for yes or no": ({"true_sequential": 1}, "^true_sequential: expected True or False, received 1$"),
+    "inputs": ({"propagate": "both"}, "^propagate: expected 'pruned' or 'dense', received 'both'$"),
+    "token": ({"bos": "always"}, "^bos: expected 'document' or 'window', received 'always'$"),
     "method": ({"method": "wandaa"}, "^method: expected one of .*, received 'wandaa'; did you mean wanda\\?$"),
     "no such method": ({"method": "xyz"}, "^method: expected one of .*, received 'xyz'$"),
     "sparsity": ({"sparsity": 1.5, "method": "wandaa"}, "^sparsity: expected a fraction from 0 to 1, received 1.5$"),
@@ -105,7 +108,7 @@ def test_bad_parameters_are_one_line_that_names_them(given, message):
 
 def test_names_and_types_are_checked_without_torch():
     code = (
-        "import sys\nfrom sparselab.sweep import checked_run\n"
+        "import sys\nfrom sparselab.parameters import checked_run\n"
         "try:\n    checked_run({'sparsty': 1})\nexcept ValueError as error:\n    print(error)\n"
         "print([name for name in ('torch', 'pandas', 'transformers') if name in sys.modules])"
     )
@@ -144,91 +147,6 @@ def test_types_in_a_notebook_are_checked_wherever_they_were_set():
         checked_values({"In": ["", "print()", "x"], "folder": 3}, REPORT_PARAMETERS)
 
 
-# --- results
-
-
-def row(method="sparsegpt", pattern="50%", seed=0, **changes):
-    settings = {"percdamp": 0.01, "blocksize": 128, "nsamples": 16, "propagate": "pruned", "failure": ""}
-    measured = {
-        "sparsity": 0.5, "perplexity": 12.0, "stderr": 1.0, "ratio": 1.5, "relative_error": 0.1, "seconds": 1.0,
-        "peak_memory_mb": 1.0,
-    }  # fmt: skip
-    return {"method": method, "pattern": pattern, "seed": seed} | settings | measured | changes
-
-
-FAILED = dict.fromkeys(("sparsity", "perplexity", "ratio")) | {"failure": "layer 1: singular; raise percdamp"}
-
-
-@pytest.fixture
-def keep(tmp_path):
-    """Writes results as a workbench does, and gives the folder."""
-
-    def kept(*rows, **text):
-        for each in rows:
-            about = {"dataset": "stdlib", "eval_dataset": "stdlib", "seqlen": 64, "eval_nsamples": 8} | text
-            path = tmp_path / f"{len(list(tmp_path.iterdir()))}" / RESULT
-            path.parent.mkdir()
-            known = {name: value for name, value in each.items() if value is not None}
-            path.write_text(json.dumps({"model": "m", "text": about, "row": known, "layers": []}), encoding="utf-8")
-        return tmp_path
-
-    return kept
-
-
-def test_results_are_read_sorted_and_chosen(keep):
-    folder = keep(row("sparsegpt", "60%"), row("sparsegpt", "50%", 1), row("sparsegpt", "50%"), row("magnitude"))
-    table = read_sweep(folder)
-    assert table[["method", "pattern", "seed"]].to_numpy().tolist() == [
-        ["magnitude", "50%", 0], ["sparsegpt", "50%", 0], ["sparsegpt", "50%", 1], ["sparsegpt", "60%", 0],
-    ]  # fmt: skip
-    assert read_sweep(folder, 'pattern == "60%"').method.tolist() == ["sparsegpt"]
-
-
-def test_a_sweep_of_failures_has_all_columns(keep):
-    table = read_sweep(keep(row(**FAILED)))
-    assert table.perplexity.isna().tolist() == [True]
-    assert panels(table, "percdamp") == []
-
-
-@pytest.mark.parametrize(
-    ("where", "message"),
-    [
-        ("seed > 3", "^where: expected a filter that leaves results, received 'seed > 3', which leaves none$"),
-        ("sed > 3", "^where: expected a pandas query on model, .*; received 'sed > 3' \\(name 'sed' is not defined\\)"),
-        ("seed >", "^where: expected a pandas query on model, .*; received 'seed >' \\(.*\\)$"),
-    ],
-)
-def test_bad_filters(keep, where, message):
-    with pytest.raises(ParameterError, match=message) as caught:
-        read_sweep(keep(row()), where)
-    assert len(str(caught.value).splitlines()) == 1
-
-
-def test_no_results_are_named(tmp_path):
-    with pytest.raises(ParameterError, match=r"^folder: .*: expected results of runs .*, found none"):
-        read_sweep(tmp_path)
-
-
-def test_a_panel_is_what_varies_in_one_setting(keep):
-    swept = [row(pattern=pattern, seed=seed) for pattern in ("50%", "60%") for seed in (0, 1)]
-    damped = [row(pattern="60%", percdamp=0.1), row(pattern="60%", percdamp=0.0, **FAILED)]
-    keep(*swept, *damped)
-    results = read_sweep(keep(row(pattern="70%"), seqlen=32))
-    (panel,) = panels(results, "sparsity")
-    assert panel.runs[["pattern", "seed"]].to_numpy().tolist() == [["50%", 0], ["50%", 1], ["60%", 0], ["60%", 1]]
-    assert panel.dense == 8
-    assert panel.caption == (
-        "percdamp 0.01; m; calibrated on 16 × 64 tokens of stdlib (seeds 0, 1), evaluated on 8 × 64 tokens of stdlib"
-    )
-    (panel,) = panels(results, "percdamp")
-    assert panel.runs.percdamp.tolist() == [0.0, 0.01, 0.01, 0.1]
-    assert panel.caption.startswith("60% (realised 50.00%); m; calibrated on 16 × 64 tokens")
-    assert panels(results, "nsamples") == []
-    (panel,) = panels(pd.concat([results, results.assign(nsamples=4)]).query('pattern == "50%"'), "nsamples")
-    assert "calibrated on 4–16 × 64 tokens" in panel.caption
-    assert panel.caption.startswith("50% (realised 50.00%); percdamp 0.01; m;")
-
-
 # --- the notebooks
 
 
@@ -238,21 +156,6 @@ def test_templates_are_stored_without_outputs(path):
     assert cells[0].metadata.tags == ["parameters"]
     assert all("tags" not in cell.metadata for cell in cells[1:])
     assert all(cell.outputs == [] and cell.execution_count is None for cell in cells)
-
-
-@pytest.fixture(scope="session")
-def small(tmp_path_factory, tokenizer):
-    """A folder with a small model and two texts, as arguments of papermill."""
-    folder = tmp_path_factory.mktemp("small")
-    tiny_llama().save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
-    (folder / "calibration.txt").write_text("\n".join(TEXTS), encoding="utf-8")
-    (folder / "evaluation.txt").write_text("\n".join(TEXTS[:20]), encoding="utf-8")
-    given = {
-        "model": folder / "model", "dataset": folder / "calibration.txt", "eval_dataset": folder / "evaluation.txt",
-        "seqlen": 16, "eval_nsamples": 5, "nsamples": 8, "blocksize": 16,
-    }  # fmt: skip
-    return [word for name, value in given.items() for word in ("-p", name, str(value))]
 
 
 def papermill(notebook, out, cwd, *parameters):
@@ -268,7 +171,8 @@ def swept(small, tmp_path_factory):
     for number, changes in enumerate(("sparsity 0.5", "sparsity 2:4", "sparsity 75% seed 1", "sparsity 50%")):
         words = changes.split()
         pairs = [word for name, value in zip(words[::2], words[1::2], strict=True) for word in ("-p", name, value)]
-        done = papermill(RUN, f"{number}.ipynb", folder, *small, *pairs)
+        common = [word for name, value in small.items() for word in ("-p", name, value)]
+        done = papermill(RUN, f"{number}.ipynb", folder, *common, *pairs)
         assert done.returncode == 0, done.stderr
     return folder
 
@@ -279,8 +183,7 @@ def test_a_run_leaves_one_result_in_the_folder_of_its_parameters(swept, small):
     assert [path.name for path in results] == [RESULT] * 3, "the fourth run was the first again"
     table = read_sweep(swept / "runs")
     assert table[["pattern", "seed"]].to_numpy().tolist() == [["2:4", 0], ["50%", 0], ["75%", 1]]
-    given = dict(zip(small[1::3], small[2::3], strict=True))
-    assert table.loc[0, ["model", "dataset"]].tolist() == [given["model"], given["dataset"]]
+    assert table.loc[0, ["model", "dataset"]].tolist() == [small["model"], small["dataset"]]
     assert table.loc[0, ["seqlen", "eval_nsamples", "nsamples", "blocksize"]].tolist() == [16, 5, 8, 16]
 
 
@@ -290,7 +193,9 @@ def test_a_run_shows_its_row_and_its_layer_errors(swept):
         return [output for cell in code_cells(swept / f"{number}.ipynb") for output in cell.outputs]
 
     kept = json.loads(next((swept / "runs").rglob(RESULT)).read_text(encoding="utf-8"))
-    assert set(kept) == {"model", "weights", "version", "text", "row", "layers", "nll"}
+    assert set(kept) == {
+        "model", "weights", "calibration_text", "evaluation_tokens", "version", "text", "row", "layers", "nll",
+    }  # fmt: skip
     tables = [output.data["text/html"] for output in shown(0) if "text/html" in output.get("data", {})]
     assert "relative_error" in tables[0]
     assert "self_attn.q_proj" in tables[1]
@@ -336,7 +241,7 @@ def test_the_bundled_model_from_the_root_of_the_repository(tmp_path):
 
 
 WRONG = {
-    "sparsty 0.6": "sparsty: expected a parameter of this notebook, received another name; did you mean sparsity?",
+    "sparsty 0.6": "sparsty: expected the name of a parameter, received another; did you mean sparsity?",
     "nsamples many": "nsamples: expected a whole number, received 'many'",
     "method wandaa": (
         "method: expected one of magnitude, wanda, ria, sparsegpt, admm, or one with an update "

@@ -1,0 +1,134 @@
+"""What sweeps have left on disk: all results below a folder as a table, and cut into what one figure shows."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import pandas as pd
+
+from sparselab.comparison import caption
+from sparselab.experiment import FAILURE, RESULT, TextConfig
+from sparselab.methods import METHODS
+from sparselab.parameters import ParameterError
+
+# Columns of results: what a model is measured on, and what is done to it, besides the method and the seed.
+TEXT_COLUMNS = ("model", "dataset", "eval_dataset", "seqlen", "eval_nsamples", "bos")
+SETTING_COLUMNS = ("pattern", "percdamp", "blocksize", "nsamples", "propagate", "wbits", "true_sequential")
+_MEASURED = [
+    "sparsity", "perplexity", "stderr", "ratio", "relative_error", "calibration_error", "optimality_gap", "seconds",
+    "peak_memory_mb",
+]  # fmt: skip
+
+
+def read_sweep(folder: str | Path, where: str = "") -> pd.DataFrame:
+    """All runs kept below a folder, a row each, sorted by their settings, with every column even if all have failed.
+
+    Args:
+        folder: where a sweep, or `sweep_run`, kept them.
+        where: which of them, as a pandas query on the columns: 'method != "magnitude" and seqlen == 256'.
+
+    Raises:
+        ParameterError: there are none, a file is damaged, or the filter is wrong or leaves none.
+    """
+    try:
+        results = read_results(Path(folder))
+    except ValueError as error:
+        raise ParameterError(f"folder: {error}") from error
+    try:
+        chosen = results.query(where) if where else results
+    except Exception as error:  # pandas and the parser below it each raise their own
+        columns, cause = ", ".join(results.columns), " ".join(str(error).split())
+        raise ParameterError(f"where: expected a pandas query on {columns}; received {where!r} ({cause})") from error
+    if chosen.empty:
+        raise ParameterError(f"where: expected a filter that leaves results, received {where!r}, which leaves none")
+    return chosen
+
+
+def read_results(folder: Path) -> pd.DataFrame:
+    """The rows of all runs kept below a folder; see `read_runs`.
+
+    Raises:
+        ValueError: there are none, or a file is damaged.
+    """
+    folders = {path.parent for name in (RESULT, FAILURE) for path in folder.rglob(name)}
+    if not folders:
+        raise ValueError(f"{folder}: expected results of runs ({RESULT} in folders), found none")
+    return read_runs(sorted(folders))
+
+
+def read_runs(folders: Iterable[Path]) -> pd.DataFrame:
+    """A row a run, sorted by settings: the model's name, its texts, and what `Result` says of its row.
+
+    Args:
+        folders: each with a result, or else with a failure, of which `failure` says the error.
+
+    Raises:
+        ValueError: a file is damaged.
+    """
+    kept = [_read(next(path for name in (RESULT, FAILURE) if (path := each / name).is_file())) for each in folders]
+    results = pd.DataFrame([{"model": each["model"]} | each["text"] | each["row"] for each in kept])
+    names = [*results.columns, *TEXT_COLUMNS, *SETTING_COLUMNS, *_MEASURED]
+    results = results.reindex(columns=list(dict.fromkeys(names))).sort_values([*SETTING_COLUMNS, "seed"])
+    order = {method: number for number, method in enumerate(METHODS)}
+    by_mask = results.method.str.partition("+")[0].map(order)
+    return results.iloc[by_mask.argsort(kind="stable")].reset_index(drop=True)
+
+
+def read_failure(path: Path) -> str:
+    """Why a run has failed, by the file that says so; nothing if there is no such file."""
+    return str(_read(path)["row"]["failure"]) if path.is_file() else ""
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        kept: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if kept.keys() >= {"model", "text", "row"}:
+            return kept
+    except ValueError:
+        pass
+    raise ValueError(f"{path}: expected a result of a run, found a damaged file; remove it")
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Runs that differ in one setting and the seed: what one figure shows.
+
+    Args:
+        runs: a row a run.
+        caption: everything they have in common.
+        dense: perplexity of the dense model; None if no run got as far.
+    """
+
+    runs: pd.DataFrame
+    caption: str
+    dense: float | None
+
+
+def panels(results: pd.DataFrame, x: Literal["sparsity", "percdamp", "nsamples"]) -> list[Panel]:
+    """Results cut into sets in which only this setting, the method and the seed vary; none where it does not vary.
+
+    Args:
+        results: from `read_sweep`.
+        x: the setting.
+    """
+    varied = "pattern" if x == "sparsity" else x
+    fixed = [results[name].astype(str) for name in (*TEXT_COLUMNS, *SETTING_COLUMNS) if name != varied]
+    groups = [group for _, group in results.groupby(fixed, sort=False, dropna=False) if group[varied].nunique() > 1]
+    return [Panel(group, _caption(group, varied), _dense(group)) for group in groups]
+
+
+def _caption(runs: pd.DataFrame, varied: str) -> str:
+    first = runs.iloc[0]
+    bos: Any = first.bos if isinstance(first.bos, str) else "document"  # earlier versions did not keep it
+    text = TextConfig(first.dataset, first.eval_dataset, int(first.seqlen), int(first.eval_nsamples), bos)
+    nsamples = "–".join(map(str, sorted({runs.nsamples.min(), runs.nsamples.max()})))
+    about = [] if varied == "pattern" else [f"{first.pattern} (realised {100 * runs.sparsity.mean():.2f}%)"]
+    about += [] if varied == "percdamp" else [f"percdamp {first.percdamp:g}"]
+    return "; ".join([*about, caption(first.model, text, nsamples, tuple(sorted(runs.seed.unique().tolist())))])
+
+
+def _dense(runs: pd.DataFrame) -> float | None:
+    dense = (runs.perplexity / runs.ratio).dropna()
+    return float(dense.iloc[0]) if len(dense) else None
