@@ -51,6 +51,9 @@ _CHECKED = (
         "results",
         "grid",
         "sweeps",
+        "engines",
+        "estimates",
+        "samples",
     ),
 )
 install_import_hook([f"sparselab.{name}" for name in _CHECKED], "runtime_types.check")

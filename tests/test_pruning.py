@@ -4,7 +4,6 @@ import pytest
 import torch
 from conftest import FAMILIES, tiny_llama
 from torch.utils.data import DataLoader
-from transformers import GptOssConfig, GptOssForCausalLM
 
 import sparselab
 from sparselab import solvers
@@ -15,9 +14,6 @@ from sparselab.models.blocks import Decoder, read_weight
 from sparselab.pruning import prune
 
 QUIET = {"progress": False}
-SHAPE = {
-    "vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-}  # fmt: skip
 
 
 def weights(model):
@@ -312,15 +308,15 @@ def test_a_layer_without_outputs_has_no_relative_error(llama, tokens):
     assert report.relative_error == report.layers.relative_error.dropna().mean()
 
 
-def test_experts_stacked_in_another_way_are_refused_and_not_passed_over(tokens):
-    model = GptOssForCausalLM(GptOssConfig(**SHAPE, num_key_value_heads=2, num_local_experts=4, head_dim=8))
-    before = weights(model)
-    for work in (lambda: prune(model, None, "magnitude", **QUIET), lambda: collect(model, tokens, **QUIET)):
+def test_matrices_stacked_in_a_way_that_is_not_known_are_refused_and_not_passed_over(llama, tokens):
+    llama.model.layers[1].mlp.mixture = torch.nn.Parameter(torch.ones(4, 32, 48))
+    before = weights(llama)
+    for work in (lambda: prune(llama, None, "magnitude", **QUIET), lambda: collect(llama, tokens, **QUIET)):
         with pytest.raises(
-            UnsupportedModelError, match=r"model\.layers\.0\.mlp\.experts\.gate_up_proj: expected weights"
+            UnsupportedModelError, match=r"model\.layers\.1\.mlp\.mixture: expected weights .*\(4, 32, 48\)"
         ):
             work()
-    assert all(torch.equal(weight, before[layer]) for layer, weight in weights(model).items())
+    assert all(torch.equal(weight, before[layer]) for layer, weight in weights(llama).items())
 
 
 def test_inference_mode_around_it_changes_nothing(tokens):

@@ -118,7 +118,9 @@ def _sparsegpt_is_that_of_the_library(printed):
             rows.setdefault(re.split(r"\s{2,}|\s\d", re.sub(r"^(up|down)_proj", "", line).strip())[0], []).append(
                 numbers
             )
-    assert rows["your sparsegpt"] == rows["sparselab's"]
+    # Float32 and float64 may part at a near tie: seen at one unit of the last digit, on some processors.
+    for mine, theirs in zip(rows["your sparsegpt"], rows["sparselab's"], strict=True):
+        assert [float(number) for number in mine] == pytest.approx([float(number) for number in theirs], abs=0.0015)
     assert len(rows["your sparsegpt"]) == 2
     for mine, swept, masked in zip(
         *(rows[each] for each in ("your sparsegpt", "magnitude, your sweep", "magnitude")), strict=True
