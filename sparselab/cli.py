@@ -154,8 +154,11 @@ def _sweep(options: argparse.Namespace) -> None:
             _say(str(sweeps.plan(options.grid, options.out, engine, template=template, retry=options.retry)))
             return
         table = sweeps.sweep(options.grid, options.out, engine, template=template, retry=options.retry, tell=_say)
-    failed = int((table.failure != "").sum())
-    _say(f"{len(table)} runs in {options.out}" + (f", {failed} of them failed" if failed else ""))
+    _say(f"{len(table)} runs in {options.out}")
+    if failed := int((table.failure != "").sum()):
+        raise SparselabError(
+            f"{failed} of {len(table)} runs have failed; what ended in an error is done again with --retry"
+        )
 
 
 def _engine(options: argparse.Namespace) -> "AbstractContextManager[Engine | None]":

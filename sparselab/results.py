@@ -62,12 +62,12 @@ def read_runs(folders: Iterable[Path]) -> pd.DataFrame:
     """A row a run, sorted by settings: the model's name, its texts, and what `Result` says of its row.
 
     Args:
-        folders: each with a result, or else with a failure, of which `failure` says the error.
+        folders: of runs; those in which none is kept are passed over.
 
     Raises:
         ValueError: a file is damaged.
     """
-    kept = [_read(next(path for name in (RESULT, FAILURE) if (path := each / name).is_file())) for each in folders]
+    kept = [_read(path) for each in folders if (path := _kept(each))]
     results = pd.DataFrame([{"model": each["model"]} | each["text"] | each["row"] for each in kept])
     names = [*results.columns, *TEXT_COLUMNS, *SETTING_COLUMNS, *_MEASURED]
     results = results.reindex(columns=list(dict.fromkeys(names))).sort_values([*SETTING_COLUMNS, "seed"])
@@ -76,9 +76,19 @@ def read_runs(folders: Iterable[Path]) -> pd.DataFrame:
     return results.iloc[by_mask.argsort(kind="stable")].reset_index(drop=True)
 
 
-def read_failure(path: Path) -> str:
-    """Why a run has failed, by the file that says so; nothing if there is no such file."""
-    return str(_read(path)["row"]["failure"]) if path.is_file() else ""
+def read_failure(folder: Path) -> str:
+    """Why the run that is kept in a folder has failed; nothing if it has not, or none is kept there.
+
+    Raises:
+        ValueError: a file is damaged.
+    """
+    path = _kept(folder)
+    return str(_read(path)["row"]["failure"]) if path else ""
+
+
+def _kept(folder: Path) -> Path | None:
+    """The file that says what came of a run."""
+    return next((path for name in (RESULT, FAILURE) if (path := folder / name).is_file()), None)
 
 
 def _read(path: Path) -> dict[str, Any]:

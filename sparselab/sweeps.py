@@ -137,10 +137,11 @@ def sweep(
     """
     with _opened(grid, out, executor, template) as (wanted, workers, notebook), _alone(Path(out)):
         planned = _planned(wanted, workers, notebook, retry)
-        tell(str(planned))
+        for line in (planned, *(f"{point}: {why}" for point, why in planned.failed.items())):
+            tell(str(line))
         with tracked(progress, planned.todo, "sweep", "run") as advance:
             _do_all(planned, workers, advance, tell)
-    return read_runs([folder for folder in planned.folders.values() if _kept(folder)])
+    return read_runs(planned.folders.values())
 
 
 def plan(
@@ -271,7 +272,7 @@ def _planned(grid: Grid, workers: Workers, template: Path | None, retry: bool) -
         known = workers.submit(survey, points[0]).result()
         here = {point: run_folder(point.out, known.identity, point.text, point.run) for point in points}
         waiting = [point for point, folder in here.items() if not _done(folder, template)]
-        errors = {} if retry else {point: read_failure(here[point] / FAILURE) for point in waiting}
+        errors = {} if retry else {point: read_failure(here[point]) for point in waiting}
         failed |= {point: error for point, error in errors.items() if error}
         todo = [point for point in waiting if point not in failed]
         folders |= here
@@ -314,7 +315,7 @@ def _do_all(planned: Plan, workers: Workers, advance: Callable[[int], object], t
                 folder = planned.folders[point]
                 if error and not _done(folder, job.template):
                     keep_failure(folder, job.identity, point.text, point.run, error)
-                if why := read_failure(folder / FAILURE):
+                if why := read_failure(folder):
                     tell(f"{point}: {why}")
             advance(len(job.runs))
         losses = 0 if len(lost) < len(waiting) else losses + 1
@@ -352,7 +353,3 @@ def _folder(job: Job, point: SweepRun) -> Path:
 
 def _done(folder: Path, template: Path | None) -> bool:
     return (folder / RESULT).is_file() and (template is None or (folder / NOTEBOOK).is_file())
-
-
-def _kept(folder: Path) -> bool:
-    return (folder / RESULT).is_file() or (folder / FAILURE).is_file()

@@ -18,8 +18,9 @@ from filelock import FileLock
 
 import sparselab
 from sparselab import sweep, sweeps
+from sparselab.cli import main
 from sparselab.engines import InProcess, Pool, dask_executor
-from sparselab.errors import LostWorkerError, OutputError
+from sparselab.errors import LostWorkerError, OutputError, SingularHessianError
 from sparselab.experiment import FAILURE, RESULT, RunConfig, TextConfig, Workbench
 from sparselab.parameters import ParameterError
 from sparselab.results import read_sweep
@@ -122,9 +123,28 @@ def test_a_run_that_fails_stops_no_other_and_is_done_again_on_request(grid, tmp_
     plan = sweeps.plan(grid | {"seed": 0}, tmp_path)
     assert (plan.todo, list(plan.failed.values())) == (0, ["MemoryError: of two lines"])
     assert str(plan).endswith("3 done, 0 to do, 1 failed before, which --retry does again")
-    assert (quiet(grid | {"seed": 0}, tmp_path).failure != "").sum() == 1, "not unless asked"
+    before = told.copy()
+    assert (quiet(grid | {"seed": 0}, tmp_path, tell=told.append).failure != "").sum() == 1, "not unless asked"
+    assert told[len(before) + 1 :] == before[1:], "it is listed again"
     assert (quiet(grid | {"seed": 0}, tmp_path, retry=True).failure == "").all()
     assert kept(tmp_path, FAILURE) == []
+
+
+def test_a_hessian_that_cannot_be_factored_is_a_result_and_is_told(grid, tmp_path, monkeypatch, capsys):
+    def fail(*args, **kwargs):
+        raise SingularHessianError("layer 3 is not positive definite; raise percdamp")
+
+    monkeypatch.setattr("sparselab.experiment.prune", fail)
+    (tmp_path / "grid.yaml").write_text(json.dumps(grid | {"seed": 0, "method": "sparsegpt"}))
+    words = ["sweep", str(tmp_path / "grid.yaml"), "--out", str(tmp_path / "runs"), "--no-notebooks"]
+    assert main(words) == 1
+    said, err = capsys.readouterr()
+    assert said.splitlines()[2].endswith(
+        "2:4, percdamp 0.01, 8 windows, seed 0: layer 3 is not positive definite; raise percdamp"
+    )
+    assert said.splitlines()[-1] == f"2 runs in {tmp_path / 'runs'}"
+    assert "sparselab sweep: error: 2 of 2 runs have failed; what ended in an error is done again with --retry" in err
+    assert len(kept(tmp_path / "runs")) == 2
 
 
 def test_runs_on_dense_inputs_share_statistics_of_one_pass(grid, tmp_path, monkeypatch):
