@@ -24,8 +24,8 @@ def build_parser(runs: Runs) -> argparse.ArgumentParser:
     """The parser of the command line; its result has the command's function as `run`.
 
     Args:
-        runs: a function for each of the commands compare, table, sweep, prune, eval, samples, inspect, replay, bench
-            and train.
+        runs: a function for each of the commands compare, table, sweep, report, prune, eval, samples, inspect, replay,
+            bench and train.
     """
     parser = argparse.ArgumentParser(
         prog="sparselab", description="One-shot pruning of language models: magnitude, Wanda and SparseGPT, measured."
@@ -35,6 +35,7 @@ def build_parser(runs: Runs) -> argparse.ArgumentParser:
     _add_compare(commands, runs)
     _add_table(commands, runs)
     _add_sweep(commands, runs)
+    _add_report(commands, runs)
     _add_prune(commands, runs)
     _add_eval(commands, runs)
     _add_samples(commands, runs)
@@ -113,6 +114,18 @@ def _add_sweep(commands: Any, runs: Runs) -> None:
         metavar="ADDRESS",
         help="of a Dask cluster, as tcp://host:8786; or slurm: --workers jobs, as Dask is configured",
     )
+
+
+def _add_report(commands: Any, runs: Runs) -> None:
+    parser = _command(
+        commands, "report", runs, "show a sweep as one page: figures, failures, a table", "sparselab report runs"
+    )
+    parser.description = (
+        "Write report.html into the folder of a sweep: curves with seed bands, cost beside quality, failures, all runs "
+        "in a table with filters, and how they were made; and the results as results.csv and results.parquet."
+    )
+    parser.add_argument("folder", metavar="DIR", help="folder of results; below it others are found too")
+    parser.add_argument("--where", default="", metavar="QUERY", help="""only some, as 'method != "magnitude"'""")
 
 
 def _add_prune(commands: Any, runs: Runs) -> None:

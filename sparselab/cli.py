@@ -49,6 +49,7 @@ def _runs() -> Runs:
         "compare": _compare,
         "table": _table,
         "sweep": _sweep,
+        "report": _report,
         "prune": _prune,
         "eval": _eval,
         "samples": _samples,
@@ -146,19 +147,26 @@ def _table(options: argparse.Namespace) -> None:
 
 
 def _sweep(options: argparse.Namespace) -> None:
-    from sparselab import files, sweeps
+    from sparselab import files, page, sweeps
 
     template = None if options.no_notebooks else files.bundled("notebooks/sweep_run.ipynb")
     with _engine(options) as engine:
         if options.dry_run:
             _say(str(sweeps.plan(options.grid, options.out, engine, template=template, retry=options.retry)))
             return
-        table = sweeps.sweep(options.grid, options.out, engine, template=template, retry=options.retry, tell=_say)
-    _say(f"{len(table)} runs in {options.out}")
+        how = {"template": template, "retry": options.retry, "tell": _say, "watch": page.Renewed(options.out)}
+        table = sweeps.sweep(options.grid, options.out, engine, **how)
+    _say(f"{len(table)} runs in {options.out}; look at {page.write_report(options.out)[0]}")
     if failed := int((table.failure != "").sum()):
         raise SparselabError(
             f"{failed} of {len(table)} runs have failed; what ended in an error is done again with --retry"
         )
+
+
+def _report(options: argparse.Namespace) -> None:
+    from sparselab import page
+
+    _say(f"Written: {', '.join(map(str, page.write_report(options.folder, options.where)))}")
 
 
 def _engine(options: argparse.Namespace) -> "AbstractContextManager[Engine | None]":

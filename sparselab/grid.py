@@ -24,12 +24,14 @@ class Grid:
     """Every run that a grid asks for, checked.
 
     Args:
-        values: of each parameter, as they were given.
+        given: as it was described.
+        values: of each parameter.
         runs: the runs, none twice, in the order of the grid: the last parameter changes first.
         excluded: combinations that were left out because the grid says so.
         same: combinations that are another one's run: "50%" beside 0.5, or other seeds of a method that reads no text.
     """
 
+    given: Mapping[str, Any]
     values: dict[str, list[Any]]
     runs: tuple[SweepRun, ...]
     excluded: int
@@ -92,7 +94,7 @@ def _expanded(described: Any, out: str | Path) -> Grid:
     runs = tuple(dict.fromkeys(_standing_for(point, values.get("seed", [])) for point in kept))
     if not runs:
         raise ParameterError(f"{EXCLUDE}: expected to leave some runs, it leaves none")
-    return Grid(values, runs, len(points) - len(kept), len(kept) - len(runs))
+    return Grid(described, values, runs, len(points) - len(kept), len(kept) - len(runs))
 
 
 def _several(name: object, value: Any) -> list[Any]:

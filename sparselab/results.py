@@ -103,7 +103,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Panel:
-    """Runs that differ in one setting and the seed: what one figure shows.
+    """Runs that differ in one setting, the method and the seed: what one figure shows.
 
     Args:
         runs: a row a run.
@@ -116,8 +116,23 @@ class Panel:
     dense: float | None
 
 
-def panels(results: pd.DataFrame, x: Literal["sparsity", "percdamp", "nsamples"]) -> list[Panel]:
-    """Results cut into sets in which only this setting, the method and the seed vary; none where it does not vary.
+Varied = Literal["sparsity", "percdamp", "nsamples"]
+
+
+def panels(results: pd.DataFrame, x: Varied) -> list[Panel]:
+    """Results cut into sets in which this setting varies; none where it does not.
+
+    Args:
+        results: from `read_sweep`; against sparsity, runs by rules for some layers are passed over.
+        x: the setting.
+    """
+    if x == "sparsity":
+        results = results[~results.pattern.str.contains("=")]
+    return [panel for panel in sets(results, x) if panel.runs["pattern" if x == "sparsity" else x].nunique() > 1]
+
+
+def sets(results: pd.DataFrame, x: Varied) -> list[Panel]:
+    """Results cut into sets in which nothing but this setting, the method and the seed varies.
 
     Args:
         results: from `read_sweep`.
@@ -125,8 +140,8 @@ def panels(results: pd.DataFrame, x: Literal["sparsity", "percdamp", "nsamples"]
     """
     varied = "pattern" if x == "sparsity" else x
     fixed = [results[name].astype(str) for name in (*TEXT_COLUMNS, *SETTING_COLUMNS) if name != varied]
-    groups = [group for _, group in results.groupby(fixed, sort=False, dropna=False) if group[varied].nunique() > 1]
-    return [Panel(group, _caption(group, varied), _dense(group)) for group in groups]
+    groups = results.groupby(fixed, sort=False, dropna=False)
+    return [Panel(group, _caption(group, varied), _dense(group)) for _, group in groups]
 
 
 def _caption(runs: pd.DataFrame, varied: str) -> str:

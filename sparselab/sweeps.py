@@ -1,5 +1,6 @@
 """Sweeps: every run of a grid, done once, by whoever is there to do it, and kept on disk as soon as it is finished."""
 
+import json
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, Future, as_completed
@@ -13,11 +14,12 @@ import pandas as pd
 import psutil
 from filelock import FileLock, Timeout
 
-from sparselab import estimates
+from sparselab import estimates, files
 from sparselab.engines import Engine, Workers
 from sparselab.errors import LostWorkerError, OutputError
 from sparselab.experiment import FAILURE, RESULT, TextConfig, Workbench, keep_failure, run_folder
 from sparselab.grid import Given, Grid, read_grid
+from sparselab.manifest import machine_record
 from sparselab.methods import find
 from sparselab.models import load
 from sparselab.parameters import SweepRun
@@ -25,6 +27,7 @@ from sparselab.progress import Progress, tracked
 from sparselab.results import read_failure, read_runs
 
 PARTIAL_NOTEBOOK, NOTEBOOK = "run.partial.ipynb", "run.ipynb"
+ABOUT = "sweep.json"
 _LOCK = ".lock"
 _NO_WARNINGS = "--IPKernelApp.log_level=ERROR"  # of a kernel that talks to its own machine without encryption
 _one_at_a_time = threading.Lock()  # a worker of several threads has one model all the same
@@ -106,6 +109,7 @@ def sweep(
     retry: bool = False,
     progress: Progress = True,
     tell: Callable[[str], object] = lambda _: None,
+    watch: Callable[[], object] = lambda: None,
 ) -> pd.DataFrame:
     """Do every run of a grid that is not done yet.
 
@@ -124,7 +128,8 @@ def sweep(
             or one with the same parameters; None does without.
         retry: also do again what has failed before.
         progress: a bar over runs; see `sparselab.progress`.
-        tell: called with a line about what is to be done, and about each run that fails.
+        tell: called with a line about what is to be done, and about each run that has failed.
+        watch: called whenever there are new results in `out`.
 
     Returns:
         A row a run of the grid, done or failed; see `Result`.
@@ -139,8 +144,11 @@ def sweep(
         planned = _planned(wanted, workers, notebook, retry)
         for line in (planned, *(f"{point}: {why}" for point, why in planned.failed.items())):
             tell(str(line))
+        _say_what_it_is(planned, Path(out))
         with tracked(progress, planned.todo, "sweep", "run") as advance:
-            _do_all(planned, workers, advance, tell)
+            for runs in _do_all(planned, workers, tell):
+                advance(runs)
+                watch()
     return read_runs(planned.folders.values())
 
 
@@ -301,8 +309,16 @@ def _sharing(points: Sequence[SweepRun], template: Path | None) -> list[list[Swe
     return list(groups.values())
 
 
-def _do_all(planned: Plan, workers: Workers, advance: Callable[[int], object], tell: Callable[[str], object]) -> None:
-    """Have all jobs done, those of lost processes once more."""
+def _say_what_it_is(planned: Plan, out: Path) -> None:
+    """Beside the results: the grid as it was given, and where the sweep is led from."""
+    about = (
+        {"grid": planned.grid.given, "runs": len(planned.folders)} | files.versions() | {"machine": machine_record()}
+    )
+    files.write_text(out / ABOUT, json.dumps(about, indent=1, default=str) + "\n")
+
+
+def _do_all(planned: Plan, workers: Workers, tell: Callable[[str], object]) -> Iterator[int]:
+    """Have all jobs done, those of lost processes once more; gives the number of runs of each that is finished."""
     waiting, losses = list(planned.jobs), 0
     while waiting:
         lost: list[Job] = []
@@ -317,7 +333,7 @@ def _do_all(planned: Plan, workers: Workers, advance: Callable[[int], object], t
                     keep_failure(folder, job.identity, point.text, point.run, error)
                 if why := read_failure(folder):
                     tell(f"{point}: {why}")
-            advance(len(job.runs))
+            yield len(job.runs)
         losses = 0 if len(lost) < len(waiting) else losses + 1
         if lost and (losses == _MOST_LOSSES or not workers.renewable):
             raise LostWorkerError(_about_losses(lost))

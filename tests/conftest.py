@@ -54,6 +54,7 @@ _CHECKED = (
         "engines",
         "estimates",
         "samples",
+        "page",
     ),
 )
 install_import_hook([f"sparselab.{name}" for name in _CHECKED], "runtime_types.check")

@@ -49,6 +49,40 @@ def method_costs(runs: pd.DataFrame, caption: str) -> Figure:
     return captioned(figure, caption)
 
 
+def trade_offs(runs: pd.DataFrame, caption: str) -> Figure:
+    """Perplexity against seconds and against memory: a marker a method, a line through those at one pattern.
+
+    Where one marker lies below and to the left of another on its line, that method is better in both.
+
+    Args:
+        runs: a row a run, none of them failed, as `results.read_runs` gives them; drawn are means over seeds.
+        caption: model, tokens and seeds, drawn under the figure.
+    """
+    figure, axes = new_figure(11.0, 4.8, 1, 2, sharey=True)
+    columns = {"seconds": "seconds to calibrate and prune", "peak_memory_mb": "peak memory besides the model (MB)"}
+    means = runs.groupby(["method", "pattern"], sort=False)[["perplexity", *columns]].mean().reset_index()
+    for ax, (column, label) in zip(axes, columns.items(), strict=True):
+        for pattern, some in means.groupby("pattern", sort=False):
+            ordered = some.sort_values(column)
+            ax.plot(ordered[column], ordered.perplexity, color=GREY, linewidth=0.8, zorder=1)
+            last = ordered.iloc[-1]
+            ax.annotate(str(pattern), (last[column], last.perplexity), (6, 0), textcoords="offset points", fontsize=9)
+        for method, some in means.groupby("method", sort=False):
+            ax.plot(
+                some[column], some.perplexity, **method_style(str(method)) | {"linestyle": "none"}, label=str(method)
+            )
+        ax.set_xscale("log")
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.xaxis.set_minor_locator(NullLocator())
+        ax.set_xlabel(f"{label} (log scale)")
+    if means.perplexity.max() > 2 * means.perplexity.min():
+        axes[0].set_yscale("log")
+    axes[0].set_ylabel("held-out perplexity" + (" (log scale)" if axes[0].get_yscale() == "log" else ""))
+    axes[0].legend()
+    return captioned(figure, caption)
+
+
 def statistics_memory(table: pd.DataFrame, claims: dict[str, float], caption: str) -> Figure:
     """Bytes of one layer's statistics against its width, on log axes, with the widths of models marked.
 

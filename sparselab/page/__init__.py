@@ -1,0 +1,5 @@
+"""A sweep as one page: figures, failures, all runs in a table with filters, and how they were made."""
+
+from sparselab.page.report import Renewed, write_report
+
+__all__ = ["Renewed", "write_report"]

@@ -1,0 +1,134 @@
+"""The page of a sweep, in one file that needs nothing else: no server, no network."""
+
+import base64
+import html
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from string import Template
+from typing import Any
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from sparselab import files
+from sparselab.figures import png
+from sparselab.figures.cost import trade_offs
+from sparselab.figures.seeds import curves
+from sparselab.results import SETTING_COLUMNS, TEXT_COLUMNS, panels, read_sweep, sets
+from sparselab.sweeps import ABOUT
+
+PAGE, TABLE = "report.html", "results"
+_SECONDS_BETWEEN_LOOKS = 5
+_SECONDS_BETWEEN_PAGES, _SHARE = 10, 30  # drawing takes at most a thirtieth of the time
+_FIRST = ["method", "pattern", "seed", "perplexity", "stderr", "ratio", "relative_error", "seconds", "peak_memory_mb"]
+_TEMPLATE = Path(__file__).with_name("page.html")
+
+
+def write_report(folder: str | Path, where: str = "", live: bool = False) -> list[Path]:
+    """Write the page of a sweep, and its results as tables, into its folder.
+
+    Args:
+        folder: where the sweep keeps results.
+        where: which of them, see `read_sweep`.
+        live: the sweep is under way, and the page looks for a newer one of itself every few seconds.
+
+    Returns:
+        What was written: `report.html`, `results.csv`, and `results.parquet` if pyarrow is installed (extra `sweep`).
+
+    Raises:
+        ParameterError: see `read_sweep`.
+    """
+    place, runs = Path(folder), read_sweep(folder, where)
+    about = _about(place)
+    text = Template(_TEMPLATE.read_text(encoding="utf-8")).substitute(
+        refresh=f'<meta http-equiv="refresh" content="{_SECONDS_BETWEEN_LOOKS}">' if live else "",
+        title=html.escape(f"Sweep: {place.resolve().name}"),
+        summary=html.escape(_summary(runs, about, where, live)),
+        figures="\n".join(map(_image, _figures(runs))) or "<p>None: neither sparsity, damping nor windows vary.</p>",
+        failures=_failures(runs),
+        table=_table(runs),
+        made=html.escape(json.dumps(about, indent=1, ensure_ascii=False) if about else f"not known: no {ABOUT}"),
+    )
+    files.write_text(place / PAGE, text)
+    written = [place / PAGE, place / f"{TABLE}.csv"]
+    files.write_text(written[1], runs.to_csv(index=False))
+    return [*written, *_parquet(runs, place / f"{TABLE}.parquet")]
+
+
+class Renewed:
+    """The page of a sweep that is under way, written anew when there is something new, but not all the time.
+
+    Args:
+        folder: where the sweep keeps results.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self._folder, self._next = folder, 0.0
+
+    def __call__(self) -> None:
+        """Something is new."""
+        started = time.monotonic()
+        if started >= self._next:
+            write_report(self._folder, live=True)
+            taken = time.monotonic() - started
+            self._next = started + max(_SECONDS_BETWEEN_PAGES, _SHARE * taken)
+
+
+def _about(folder: Path) -> dict[str, Any]:
+    """What the sweep says of itself."""
+    path = folder / ABOUT
+    about: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return about
+
+
+def _summary(runs: pd.DataFrame, about: dict[str, Any], where: str, live: bool) -> str:
+    failed = int((runs.failure != "").sum())
+    of = f" of {about['runs']}" if about.get("runs", 0) > len(runs) and not where else ""
+    said = [f"{len(runs)}{of} runs, {failed} of them failed"]
+    said += [f"those of {where}"] * bool(where) + ["under way; this page renews itself"] * live
+    return "; ".join(said)
+
+
+def _figures(runs: pd.DataFrame) -> Iterator[Figure]:
+    for x in ("sparsity", "percdamp", "nsamples"):
+        for panel in panels(runs, x):
+            yield curves(panel.runs, x, panel.caption, dense=panel.dense)
+    for some in sets(runs[runs.failure == ""], "sparsity"):
+        if len(some.runs[["method", "pattern"]].drop_duplicates()) > 1:
+            yield trade_offs(some.runs, some.caption)
+
+
+def _image(figure: Figure) -> str:
+    data = base64.b64encode(png(figure, 110)).decode()
+    (caption,) = [figure.get_supxlabel()]
+    return f'<figure><img alt="{html.escape(caption)}" src="data:image/png;base64,{data}"></figure>'
+
+
+def _failures(runs: pd.DataFrame) -> str:
+    failed = runs[runs.failure != ""]
+    if failed.empty:
+        return "<p>None.</p>"
+    lines = [
+        f"{run.model}, {run.method} {run.pattern}, percdamp {run.percdamp:g}, {run.nsamples} windows, seed {run.seed}: "
+        f"{run.failure}"
+        for run in failed.itertuples()
+    ]
+    return "<ul>" + "".join(f'<li class="failed">{html.escape(line)}</li>' for line in lines) + "</ul>"
+
+
+def _table(runs: pd.DataFrame) -> str:
+    """The runs, what differs first, and no column in which there is nothing."""
+    rest = [name for name in (*TEXT_COLUMNS, *SETTING_COLUMNS, *runs.columns) if name not in _FIRST]
+    shown = runs[list(dict.fromkeys([*_FIRST, *rest]))].dropna(axis="columns", how="all")
+    return shown.to_html(index=False, table_id="runs", border=0, na_rep="", float_format=lambda value: f"{value:.6g}")
+
+
+def _parquet(runs: pd.DataFrame, path: Path) -> list[Path]:
+    try:
+        with files.written_whole(path) as partial:
+            runs.to_parquet(partial, engine="pyarrow")
+    except ImportError:
+        return []
+    return [path]
