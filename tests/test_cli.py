@@ -213,7 +213,9 @@ def test_tokens_of_another_vocabulary(tmp_path, tokenizer, capsys, text):
     assert "ids from 0 to 63" in fails(capsys, ["eval", tmp_path / "m", "--dataset", text, "--seqlen", "16"], 1)
 
 
-@pytest.mark.parametrize("command", ["", "compare", "table", "prune", "eval", "samples", "inspect", "replay", "train"])
+@pytest.mark.parametrize(
+    "command", ["", "compare", "table", "prune", "eval", "samples", "inspect", "replay", "sweep", "report", "train"]
+)
 def test_help_is_one_screen_with_an_example(command, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
     with pytest.raises(SystemExit) as left:

@@ -142,7 +142,7 @@ def test_a_hessian_that_cannot_be_factored_is_a_result_and_is_told(grid, tmp_pat
     assert said.splitlines()[2].endswith(
         "2:4, percdamp 0.01, 8 windows, seed 0: layer 3 is not positive definite; raise percdamp"
     )
-    assert said.splitlines()[-1] == f"2 runs in {tmp_path / 'runs'}"
+    assert said.splitlines()[-1] == f"2 runs in {tmp_path / 'runs'}; look at {tmp_path / 'runs' / 'report.html'}"
     assert "sparselab sweep: error: 2 of 2 runs have failed; what ended in an error is done again with --retry" in err
     assert len(kept(tmp_path / "runs")) == 2
 
@@ -370,7 +370,7 @@ def test_a_sweep_that_is_killed_goes_on_and_repeats_nothing(grid, tmp_path):
     said, err = process.communicate(timeout=240)
     assert process.returncode == 0, err
     assert f": {len(before)} done, {8 - len(before)} to do; " in said
-    assert said.splitlines()[-1] == f"8 runs in {out}"
+    assert said.splitlines()[-1] == f"8 runs in {out}; look at {out / 'report.html'}"
     assert {path: path.stat().st_mtime_ns for path in before} == before
     same(read_sweep(out), expected)
 
