@@ -154,7 +154,7 @@ def _sweep(options: argparse.Namespace) -> None:
         if options.dry_run:
             _say(str(sweeps.plan(options.grid, options.out, engine, template=template, retry=options.retry)))
             return
-        how = {"template": template, "retry": options.retry, "tell": _say, "watch": page.Renewed(options.out)}
+        how = {"template": template, "retry": options.retry, "tell": _say, "watch": page.Renewed(options.out, _say)}
         table = sweeps.sweep(options.grid, options.out, engine, **how)
     _say(f"{len(table)} runs in {options.out}; look at {page.write_report(options.out)[0]}")
     if failed := int((table.failure != "").sum()):

@@ -73,16 +73,31 @@ def test_the_command_and_a_filter(swept, capsys):
 
 
 def test_while_the_sweep_runs_the_page_renews_itself_but_not_all_the_time(small, tmp_path, monkeypatch):
-    written = []
+    written, said = [], []
     write = report.write_report
     monkeypatch.setattr(report, "write_report", lambda *given, **how: written.append(how) or write(*given, **how))
     sweep(
-        small | {"method": "magnitude", "sparsity": [0.5, 0.6]}, tmp_path, progress=False, watch=page.Renewed(tmp_path)
+        small | {"method": "magnitude", "sparsity": [0.5, 0.6]},
+        tmp_path,
+        progress=False,
+        watch=page.Renewed(tmp_path, said.append),
     )
     assert written == [{"live": True}], "once within ten seconds"
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert '<meta http-equiv="refresh" content="5">' in text
     assert "1 of 2 runs, 0 of them failed; under way; this page renews itself" in text
+    assert said == []
+
+
+def test_a_page_that_cannot_be_written_does_not_stop_the_sweep(small, tmp_path):
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / RESULT).write_text("{")
+    said = []
+    watch = page.Renewed(tmp_path, said.append)
+    assert len(sweep(small | {"method": "magnitude"}, tmp_path, progress=False, watch=watch)) == 1
+    assert len(said) == 1
+    assert said[0].startswith("report.html is not written: folder: ")
+    assert said[0].endswith("damaged/result.json: expected a result of a run, found a damaged file; remove it")
 
 
 def test_trade_offs_are_means_over_seeds():

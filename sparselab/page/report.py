@@ -4,7 +4,7 @@ import base64
 import html
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -62,16 +62,20 @@ class Renewed:
 
     Args:
         folder: where the sweep keeps results.
+        tell: called with a line if the page cannot be written, which does not stop the sweep.
     """
 
-    def __init__(self, folder: str | Path) -> None:
-        self._folder, self._next = folder, 0.0
+    def __init__(self, folder: str | Path, tell: Callable[[str], object]) -> None:
+        self._folder, self._tell, self._next = folder, tell, 0.0
 
     def __call__(self) -> None:
         """Something is new."""
         started = time.monotonic()
         if started >= self._next:
-            write_report(self._folder, live=True)
+            try:
+                write_report(self._folder, live=True)
+            except (ValueError, OSError) as error:
+                self._tell(f"{PAGE} is not written: {error}")
             taken = time.monotonic() - started
             self._next = started + max(_SECONDS_BETWEEN_PAGES, _SHARE * taken)
 
