@@ -216,7 +216,7 @@ def test_stamp_and_text(tmp_path):
 def test_what_comes_with_the_package_is_found_in_a_checkout_and_in_an_installed_one(tmp_path, monkeypatch):
     included = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
     assert included["force-include"] == {
-        name: f"sparselab/{name}" for name in ("data/tiny", "benchmarks/published.csv")
+        name: f"sparselab/{name}" for name in ("data/tiny", "benchmarks/published.csv", "notebooks/sweep_run.ipynb")
     }
     for name in included["force-include"]:
         assert files.bundled(name) == ROOT / name

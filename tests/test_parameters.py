@@ -179,7 +179,7 @@ def swept(small, tmp_path_factory):
 
 @pytest.mark.slow
 def test_a_run_leaves_one_result_in_the_folder_of_its_parameters(swept, small):
-    results = sorted((swept / "runs").rglob("*.json"))
+    results = sorted((swept / "runs").rglob(RESULT))
     assert [path.name for path in results] == [RESULT] * 3, "the fourth run was the first again"
     table = read_sweep(swept / "runs")
     assert table[["pattern", "seed"]].to_numpy().tolist() == [["2:4", 0], ["50%", 0], ["75%", 1]]
