@@ -107,7 +107,7 @@ def _add_sweep(commands: Any, runs: Runs) -> None:
         help="do without an executed notebook for each run: quicker, same numbers",
     )
     parser.add_argument(
-        "--workers", type=_at_least(1), metavar="N", help="processes, which share the cores (default: 1)"
+        "--workers", type=_at_least(1), default=1, metavar="N", help="processes, which share the cores (default: 1)"
     )
     parser.add_argument(
         "--scheduler",

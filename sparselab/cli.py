@@ -174,8 +174,8 @@ def _engine(options: argparse.Namespace) -> "AbstractContextManager[Engine | Non
     from sparselab.engines import Pool, dask_executor
 
     if options.scheduler:
-        return dask_executor(options.scheduler, options.workers or 1)
-    return nullcontext(partial(Pool, options.workers) if (options.workers or 1) > 1 else None)
+        return dask_executor(options.scheduler, options.workers)
+    return nullcontext(partial(Pool, options.workers) if options.workers > 1 else None)
 
 
 def _prune(options: argparse.Namespace) -> None:
@@ -323,8 +323,8 @@ def _inspect(options: argparse.Namespace) -> None:
 
     found = inspect_checkpoint(options.model, trust_remote_code=options.trust_remote_code)
     _say(str(found))
-    if differing := [f"{name} is {state}" for name, state in found.sums.items() if state != "same"]:
-        raise OutputError(f"{options.model}: by its manifest's checksums, {differing[0]}; make or fetch it again")
+    if found.differing:
+        raise OutputError(f"{options.model}: by its manifest's checksums, {found.differing[0]}; make or fetch it again")
 
 
 def _replay(options: argparse.Namespace) -> None:

@@ -153,9 +153,6 @@ class Workbench:
             memory alone.
         measure_error: measure layers too, after the run and besides its seconds and memory. It takes another pass of
             the calibration windows, and the statistics of all layers are held in memory.
-
-    Attributes:
-        identity: what a result depends on besides settings: name and hash of the model, hashes of its texts, version.
     """
 
     def __init__(
@@ -175,15 +172,19 @@ class Workbench:
         self._decoder = Decoder(model)
         self._decoder.check_whole()
         self._dense_weights = copy_weights(model)
-        self.identity = {
-            "model": name,
-            "weights": weights_hash(model),
+        self._results: dict[RunConfig, Result] = {}
+        self._collected: dict[tuple[int, int], Collected] = {}
+
+    @cached_property
+    def identity(self) -> dict[str, str]:
+        """What a result depends on besides settings: name and hash of the model, hashes of its texts, version."""
+        return {
+            "model": self.name,
+            "weights": weights_hash(self.model),
             "calibration_text": self._text.sha256,
             "evaluation_tokens": tokens_hash(self.held_out),
             "version": __version__,
         }
-        self._results: dict[RunConfig, Result] = {}
-        self._collected: dict[tuple[int, int], Collected] = {}
 
     @cached_property
     def dense(self) -> Perplexity:

@@ -1,6 +1,5 @@
 """What a checkpoint holds: zeros and bytes of each layer, and what its manifest says of how it was made."""
 
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -48,6 +47,11 @@ class Inspection:
     manifest: Manifest | None
     sums: dict[str, str]
 
+    @property
+    def differing(self) -> list[str]:
+        """The files that are not as the checksums say, and what has become of each."""
+        return [f"{name} is {state}" for name, state in self.sums.items() if state != "same"]
+
     def __str__(self) -> str:
         """As a user reads it."""
         shown = self.layers.rename(columns={"beyond_2_4": "beyond 2:4"})
@@ -59,8 +63,15 @@ class Inspection:
         ]
         shown = shown[["block", "layer", "shape", "sparsity", "pattern", "beyond 2:4", *_FORMS]]
         totals = self.totals.rename_axis("bytes").reset_index()
-        lines = [_table(shown), "", _table(totals), "", *_about(self.manifest), *_of_files(self.sums)]
+        lines = [_table(shown), "", _table(totals), "", *_about(self.manifest), *self._about_files]
         return printable("\n".join(lines))
+
+    @property
+    def _about_files(self) -> list[str]:
+        if not self.sums:
+            return []
+        same = len(self.sums) - len(self.differing)
+        return ["; ".join([f"{same} of {len(self.sums)} files are as its checksums say", *self.differing])]
 
 
 def inspect_checkpoint(name: str | Path, *, trust_remote_code: bool = False, progress: Progress = True) -> Inspection:
@@ -176,12 +187,3 @@ def _about(manifest: Manifest | None) -> list[str]:
         f"perplexity {measured:.2f}" if isinstance(measured := results.get("perplexity"), float) else "",
     ]
     return [" ".join(line.split()) for line in lines if line]
-
-
-def _of_files(sums: dict[str, str]) -> list[str]:
-    """Whether files are what they were."""
-    if not sums:
-        return []
-    counts = Counter(sums.values())
-    others = [f"{name} is {state}" for name, state in sums.items() if state != "same"]
-    return ["; ".join([f"{counts['same']} of {len(sums)} files are as its checksums say", *others])]

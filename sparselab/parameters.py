@@ -72,8 +72,12 @@ class SweepRun:
     def __str__(self) -> str:
         """Which run it is, as a message says it."""
         run = self.run
-        how = f"percdamp {run.percdamp:g}, {run.nsamples} windows, seed {run.seed}"
-        return f"{self.model}, {run.method} {run.sparsity}, {how}"
+        return in_words(self.model, run.method, run.sparsity, run.percdamp, run.nsamples, run.seed)
+
+
+def in_words(model: str, method: str, pattern: object, percdamp: float, nsamples: int, seed: int) -> str:
+    """Which run it is, by what most often differs; see `RunConfig`."""
+    return f"{model}, {method} {pattern}, percdamp {percdamp:g}, {nsamples} windows, seed {seed}"
 
 
 def checked_run(given: Mapping[str, Any]) -> SweepRun:

@@ -11,7 +11,7 @@ import pandas as pd
 from sparselab.comparison import caption
 from sparselab.experiment import FAILURE, RESULT, TextConfig
 from sparselab.methods import METHODS
-from sparselab.parameters import ParameterError
+from sparselab.parameters import ParameterError, in_words
 
 # Columns of results: what a model is measured on, and what is done to it, besides the method and the seed.
 TEXT_COLUMNS = ("model", "dataset", "eval_dataset", "seqlen", "eval_nsamples", "bos")
@@ -86,6 +86,18 @@ def read_failure(folder: Path) -> str:
     return str(_read(path)["row"]["failure"]) if path else ""
 
 
+def failures(results: pd.DataFrame) -> list[str]:
+    """A line for each run that has failed: which it is, and why.
+
+    Args:
+        results: from `read_sweep`.
+    """
+    return [
+        f"{in_words(row.model, row.method, row.pattern, row.percdamp, row.nsamples, row.seed)}: {row.failure}"
+        for _, row in results[results.failure != ""].iterrows()
+    ]
+
+
 def _kept(folder: Path) -> Path | None:
     """The file that says what came of a run."""
     return next((path for name in (RESULT, FAILURE) if (path := folder / name).is_file()), None)
@@ -119,6 +131,11 @@ class Panel:
 Varied = Literal["sparsity", "percdamp", "nsamples"]
 
 
+def column_of(x: str) -> str:
+    """The column of results that says what a setting was; of the sparsity, what was asked for."""
+    return "pattern" if x == "sparsity" else x
+
+
 def panels(results: pd.DataFrame, x: Varied) -> list[Panel]:
     """Results cut into sets in which this setting varies; none where it does not.
 
@@ -128,7 +145,7 @@ def panels(results: pd.DataFrame, x: Varied) -> list[Panel]:
     """
     if x == "sparsity":
         results = results[~results.pattern.str.contains("=")]
-    return [panel for panel in sets(results, x) if panel.runs["pattern" if x == "sparsity" else x].nunique() > 1]
+    return [panel for panel in sets(results, x) if panel.runs[column_of(x)].nunique() > 1]
 
 
 def sets(results: pd.DataFrame, x: Varied) -> list[Panel]:
@@ -138,7 +155,7 @@ def sets(results: pd.DataFrame, x: Varied) -> list[Panel]:
         results: from `read_sweep`.
         x: the setting.
     """
-    varied = "pattern" if x == "sparsity" else x
+    varied = column_of(x)
     fixed = [results[name].astype(str) for name in (*TEXT_COLUMNS, *SETTING_COLUMNS) if name != varied]
     groups = results.groupby(fixed, sort=False, dropna=False)
     return [Panel(group, _caption(group, varied), _dense(group)) for _, group in groups]

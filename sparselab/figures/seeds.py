@@ -10,7 +10,7 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, MultipleLocator, NullLocator
 
 from sparselab.figures.style import GREY, captioned, method_style, new_figure, standing_apart
-from sparselab.results import SETTING_COLUMNS, TEXT_COLUMNS
+from sparselab.results import SETTING_COLUMNS, TEXT_COLUMNS, column_of
 from sparselab.solvers import NM, parse_sparsity
 
 Setting = Literal["sparsity", "percdamp", "nsamples"]
@@ -92,7 +92,7 @@ def over_seeds(
         run what its pattern asks for); seeds; failed, how many of them; mean, min and max of y over the others.
     """
     _check(runs, x, y)
-    varied = "pattern" if x == "sparsity" else x
+    varied = column_of(x)
     failed = runs["failure"].fillna("").ne("") if "failure" in runs else runs[y].isna()
     shown = runs.reindex(columns=["method", varied, y]).assign(failed=failed, at=runs.get(x))
     table = shown.groupby(["method", varied], sort=False).agg(
@@ -114,7 +114,7 @@ def _check(runs: pd.DataFrame, x: str, y: str) -> None:
             raise ValueError(f"{name}: expected one of {', '.join(known)}, received {value!r}")
     if runs.empty:
         raise ValueError("runs: expected a row a run, received none")
-    fixed = [name for name in SETTING_COLUMNS if name != ("pattern" if x == "sparsity" else x)]
+    fixed = [name for name in SETTING_COLUMNS if name != column_of(x)]
     for part, names in ((runs, TEXT_COLUMNS), *((rows, fixed) for _, rows in runs.groupby("method"))):
         for name in runs.columns.intersection(list(names)):
             values = part[name].astype(str).unique()

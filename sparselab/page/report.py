@@ -16,7 +16,7 @@ from sparselab import files
 from sparselab.figures import png
 from sparselab.figures.cost import trade_offs
 from sparselab.figures.seeds import curves
-from sparselab.results import SETTING_COLUMNS, TEXT_COLUMNS, panels, read_sweep, sets
+from sparselab.results import SETTING_COLUMNS, TEXT_COLUMNS, failures, panels, read_sweep, sets
 from sparselab.sweeps import ABOUT
 
 PAGE, TABLE = "report.html", "results"
@@ -88,9 +88,8 @@ def _about(folder: Path) -> dict[str, Any]:
 
 
 def _summary(runs: pd.DataFrame, about: dict[str, Any], where: str, live: bool) -> str:
-    failed = int((runs.failure != "").sum())
     of = f" of {about['runs']}" if about.get("runs", 0) > len(runs) and not where else ""
-    said = [f"{len(runs)}{of} runs, {failed} of them failed"]
+    said = [f"{len(runs)}{of} runs, {len(failures(runs))} of them failed"]
     said += [f"those of {where}"] * bool(where) + ["under way; this page renews itself"] * live
     return "; ".join(said)
 
@@ -106,19 +105,13 @@ def _figures(runs: pd.DataFrame) -> Iterator[Figure]:
 
 def _image(figure: Figure) -> str:
     data = base64.b64encode(png(figure, 110)).decode()
-    (caption,) = [figure.get_supxlabel()]
-    return f'<figure><img alt="{html.escape(caption)}" src="data:image/png;base64,{data}"></figure>'
+    return f'<figure><img alt="{html.escape(figure.get_supxlabel())}" src="data:image/png;base64,{data}"></figure>'
 
 
 def _failures(runs: pd.DataFrame) -> str:
-    failed = runs[runs.failure != ""]
-    if failed.empty:
+    lines = failures(runs)
+    if not lines:
         return "<p>None.</p>"
-    lines = [
-        f"{run.model}, {run.method} {run.pattern}, percdamp {run.percdamp:g}, {run.nsamples} windows, seed {run.seed}: "
-        f"{run.failure}"
-        for run in failed.itertuples()
-    ]
     return "<ul>" + "".join(f'<li class="failed">{html.escape(line)}</li>' for line in lines) + "</ul>"
 
 
