@@ -95,7 +95,7 @@ def main() -> None:
     model, tokenizer = sparselab.load("tiny", device="cpu")
     calib = sparselab.calibration_tokens(tokenizer)
     runs = cache_folder() / "benchmarks"
-    bench = Workbench(model, tokenizer, "tiny", TextConfig(), runs / "perplexity", measure_error=False)
+    bench = Workbench(model, tokenizer, "tiny", TextConfig(), runs / "perplexity", measure="perplexity")
     measured = Workbench(model, tokenizer, "tiny", TextConfig(), runs / "layers")
     parts = [
         f"{time.strftime('%Y-%m-%d')}, `python benchmarks/trust.py`: `tiny`, 128 × 256 calibration tokens, 400 × 256 "

@@ -1,21 +1,27 @@
-"""About how long runs will take, from the speed of a few batches of the model's own blocks."""
+"""About how long runs will take and what they hold, from a few batches through the model's own blocks."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
 from transformers import PreTrainedModel
 
+from sparselab.calibration import collect
 from sparselab.evaluation import perplexity
-from sparselab.experiment import RunConfig
+from sparselab.experiment import MEASURES, RunConfig
 from sparselab.methods import find
 from sparselab.models.blocks import Decoder, evaluating
 from sparselab.models.inputs import batches
 
 # Passes of the blocks over the calibration windows that a whole run of a method costs, as measured on two CPU cores; of
-# others, what one costs that has to know as much. Then what it costs to measure the layers, and once, to begin.
+# others, what one costs that has to know as much. Then what it costs where statistics are there already, what these
+# cost, what it costs to measure the gap of all layers, and once, to begin.
 _PASSES = {"magnitude": 0.05, "wanda": 1.7, "sparsegpt": 2.4}
 _PASSES_BY_NEEDS = {"nothing": 0.05, "feature norms": 1.7, "hessian": 3.0}
+_SOLVE_PASSES = 0.5
+_COLLECT_PASSES = 1.5
 _QUALITY_PASSES = 2.0
 _FIRST_PASSES = 2.0
 
@@ -36,15 +42,33 @@ def seconds_per_window(model: PreTrainedModel, seqlen: int) -> float:
     return (time.perf_counter() - started) / 3 / len(tried)
 
 
-def windows_passed(runs: Iterable[RunConfig], eval_nsamples: int) -> float:
-    """How many windows' worth of time runs take one after another, in a workbench that measures layers too.
+def statistics_nbytes(model: PreTrainedModel, windows: Int[Tensor, "n seqlen"]) -> int:
+    """Bytes that the Hessians of all layers take together, if all blocks are like the first.
 
     Args:
-        runs: what is done.
-        eval_nsamples: evaluation windows after each.
+        model: a causal language model.
+        windows: any, one at least.
     """
-    each = [eval_nsamples + (_passes(run.method) + _QUALITY_PASSES) * run.nsamples for run in runs]
-    return sum(each)
+    block = collect(model, windows[:1], progress=False, blocks=[0])
+    distinct = {id(seen): seen.hessian.nbytes for seen in block.values()}
+    return sum(distinct.values()) * len(Decoder(model).blocks)
+
+
+def windows_passed(
+    runs: Sequence[RunConfig], eval_nsamples: int, measure: str = "+".join(MEASURES), shared: bool = False
+) -> float:
+    """How many windows' worth of time runs take one after another, in a workbench.
+
+    Args:
+        runs: what is done, one at least.
+        eval_nsamples: evaluation windows after each.
+        measure: what is measured after each, see `Workbench`.
+        shared: whether they share statistics of one pass.
+    """
+    measured = eval_nsamples * ("perplexity" in measure)
+    quality = _QUALITY_PASSES * ("gap" in measure)
+    each = [measured + (quality + (_SOLVE_PASSES if shared else _passes(run.method))) * run.nsamples for run in runs]
+    return sum(each) + shared * _COLLECT_PASSES * max(run.nsamples for run in runs)
 
 
 def windows_before(eval_nsamples: int, nsamples: int) -> float:

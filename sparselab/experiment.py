@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import traceback
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -32,6 +33,7 @@ from sparselab.solvers import relative_error
 from sparselab.uncertainty import Interval, difference
 
 _REFERENCE_WINDOWS = 128
+MEASURES = ("perplexity", "errors", "gap")
 RESULT, FAILURE = "result.json", "failure.json"
 _LAYER, _QUALITY = ["block", "layer"], ["calibration_error", "optimality_gap", "residual"]
 
@@ -60,6 +62,18 @@ class TextConfig:
                 raise ValueError(f"{name}: expected at least {least}, received {getattr(self, name)}")
         sources.check_apart(self.dataset, self.eval_dataset)
         corpora.check_bos(self.bos)
+
+
+def check_measure(measure: str) -> str:
+    """What is to be measured, in the order of `MEASURES`.
+
+    Raises:
+        ValueError: it is none of these, joined by "+".
+    """
+    wanted = measure.split("+")
+    if not set(wanted) <= set(MEASURES):
+        raise ValueError(f"measure: expected some of {', '.join(MEASURES)}, joined by +, received {measure!r}")
+    return "+".join(each for each in MEASURES if each in wanted)
 
 
 def check_several(config: object, *names: str) -> None:
@@ -126,10 +140,10 @@ class Result:
         row: method, pattern, percdamp, blocksize, nsamples, seed, propagate; sparsity (realised), perplexity, stderr,
             ratio (to dense), relative_error and calibration_error (means over layers), optimality_gap (geometric mean
             over layers), seconds and peak_memory_mb (of calibration and solve, besides the model); failure, "" unless
-            a Hessian could not be factored, and then nothing is measured.
+            a Hessian could not be factored, and then nothing is measured. NaN is what was not to be measured.
         layers: a row a layer: method, pattern, seed, block, layer, sparsity, relative_error, calibration_error,
             optimality_gap, residual; see `Workbench`.
-        nll: loss of each held-out window, see `Perplexity`; none after a failure.
+        nll: loss of each held-out window, see `Perplexity`; none after a failure, or if it was not measured.
     """
 
     row: dict[str, Any]
@@ -151,8 +165,13 @@ class Workbench:
         text: what it is calibrated and measured on.
         folder: where finished runs, and the dense model's perplexity, are kept and found again; None keeps them in
             memory alone.
-        measure_error: measure layers too, after the run and besides its seconds and memory. It takes another pass of
-            the calibration windows, and the statistics of all layers are held in memory.
+        measure: what is measured after a run, besides its seconds and memory; some of these, joined by "+":
+            "perplexity" on the held-out windows; relative "errors" of layers, for which the statistics of all layers
+            are held in memory; and the "gap" to the best weights for the same masks, with the error on calibration
+            windows, which takes another pass of these and often longer than the run.
+
+    Raises:
+        ValueError: the model is not whole in memory, a text is too short, or there is nothing of that name to measure.
     """
 
     def __init__(
@@ -162,10 +181,10 @@ class Workbench:
         name: str = "model",
         text: TextConfig | None = None,
         folder: Path | None = None,
-        measure_error: bool = True,
+        measure: str = "+".join(MEASURES),
     ) -> None:
         self.model, self.tokenizer, self.name = model, tokenizer, name
-        self.text, self.folder, self.measure_error = text or TextConfig(), folder, measure_error
+        self.text, self.folder, self.measure = text or TextConfig(), folder, check_measure(measure)
         self.held_out = corpora.evaluation_tokens(
             tokenizer, self.text.eval_dataset, self.text.eval_nsamples, self.text.seqlen, self.text.bos
         )
@@ -177,12 +196,13 @@ class Workbench:
 
     @cached_property
     def identity(self) -> dict[str, str]:
-        """What a result depends on besides settings: name and hash of the model, hashes of its texts, version."""
+        """What a result depends on besides settings: name and hash of the model, hashes of texts, measures, version."""
         return {
             "model": self.name,
             "weights": weights_hash(self.model),
             "calibration_text": self._text.sha256,
             "evaluation_tokens": tokens_hash(self.held_out),
+            "measure": self.measure,
             "version": __version__,
         }
 
@@ -191,7 +211,7 @@ class Workbench:
         """Perplexity of the dense model on the held-out windows."""
         if self.folder is None:
             return perplexity(self.model, self.held_out, progress=False)
-        about = {name: value for name, value in self.identity.items() if name != "calibration_text"}
+        about = {name: value for name, value in self.identity.items() if name not in ("calibration_text", "measure")}
         path = self.folder / "dense" / f"{_key(about)}.json"
         if path.is_file():
             return self._measured(json.loads(path.read_text(encoding="utf-8"))["nll"])
@@ -269,8 +289,11 @@ class Workbench:
         """The perplexity after a run, on the held-out windows.
 
         Raises:
+            ValueError: it is not measured here.
             SingularHessianError: the run failed.
         """
+        if not self._measures("perplexity"):
+            raise ValueError(f"perplexity: expected a workbench that measures it, received one of {self.measure!r}")
         result = self.run(config, progress)
         if result.row["failure"]:
             raise SingularHessianError(result.row["failure"])
@@ -287,7 +310,7 @@ class Workbench:
             progress: see `run`.
 
         Raises:
-            ValueError: no seeds.
+            ValueError: no seeds, or perplexity is not measured.
             SingularHessianError: a run failed.
         """
         if not seeds:
@@ -296,7 +319,8 @@ class Workbench:
         return difference(*pair)
 
     def _compute(self, config: RunConfig, progress: Progress) -> Result:
-        dense, reference = self.dense, self.reference if self.measure_error else {}
+        dense = self.dense if self._measures("perplexity") else None  # of the model as it is now, which is dense
+        reference = self.reference if self._measures("errors") else {}
         calib: Any = self._collected.get((config.nsamples, config.seed)) if config.propagate == "dense" else None
         if calib is None:
             calib = self.calibration(config.nsamples, config.seed)
@@ -305,17 +329,20 @@ class Workbench:
             propagate=config.propagate, measure_error=False, wbits=config.wbits,
             true_sequential=config.true_sequential, progress=progress,
         )  # fmt: skip
-        ppl = perplexity(self.model, self.held_out, progress=progress)
+        ppl = perplexity(self.model, self.held_out, progress=progress) if dense is not None else None
         layers = report.layers[["block", "layer", "sparsity"]]
         layers = layers.merge(self._errors(reference), "left", _LAYER)
-        if self.measure_error:
+        if self._measures("gap"):
             calib = self.calibration(config.nsamples, config.seed)
             found = layer_quality(self.model, self._dense_weights, calib, progress=progress)
             layers = layers.merge(found[[*_LAYER, *_QUALITY]], "left", _LAYER)
         layers = layers.reindex(columns=list(dict.fromkeys([*layers, *_QUALITY])))
         about = {"method": config.method, "pattern": config.sparsity, "seed": config.seed}
         rows: Any = layers.assign(**about).to_dict("records")
-        return Result(_row(config, report, ppl, dense, layers), rows, ppl.nll.tolist())
+        return Result(_row(config, report, ppl, dense, layers), rows, [] if ppl is None else ppl.nll.tolist())
+
+    def _measures(self, what: str) -> bool:
+        return what in self.measure.split("+")
 
     def _errors(self, reference: Collected) -> pd.DataFrame:
         """Relative errors of all layers of the model as it is now, on the dense model's inputs."""
@@ -377,16 +404,22 @@ def _described(config: RunConfig) -> dict[str, Any]:
     return {"method": described.pop("method"), "pattern": described.pop("sparsity")} | described
 
 
-def _row(config: RunConfig, report: Report, ppl: Perplexity, dense: Perplexity, layers: pd.DataFrame) -> dict[str, Any]:
-    return _described(config) | {
-        "sparsity": report.sparsity,
-        "perplexity": float(ppl),
-        "stderr": ppl.stderr,
-        "ratio": float(ppl) / float(dense),
-        "relative_error": float(layers.relative_error.mean()),
-        "calibration_error": float(layers.calibration_error.mean()),
-        "optimality_gap": float(np.exp(np.log(layers.optimality_gap).mean())),
-        "seconds": report.seconds,
-        "peak_memory_mb": report.peak_memory / 1e6,
-        "failure": "",
-    }
+def _row(
+    config: RunConfig, report: Report, ppl: Perplexity | None, dense: Perplexity | None, layers: pd.DataFrame
+) -> dict[str, Any]:
+    quality = dict.fromkeys(("perplexity", "stderr", "ratio"), math.nan)
+    if ppl is not None and dense is not None:
+        quality = {"perplexity": float(ppl), "stderr": ppl.stderr, "ratio": float(ppl) / float(dense)}
+    return (
+        _described(config)
+        | {"sparsity": report.sparsity}
+        | quality
+        | {
+            "relative_error": float(layers.relative_error.mean()),
+            "calibration_error": float(layers.calibration_error.mean()),
+            "optimality_gap": float(np.exp(np.log(layers.optimality_gap).mean())),
+            "seconds": report.seconds,
+            "peak_memory_mb": report.peak_memory / 1e6,
+            "failure": "",
+        }
+    )

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from io import StringIO
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -66,9 +67,50 @@ def read_grid(given: Given, out: str | Path = "runs") -> Grid:
         raise ParameterError(f"{where}: {error}") from error
 
 
+def read_values(name: str, text: str) -> list[Any]:
+    """The values of a parameter as they stand in a line of YAML, with commas between.
+
+    Args:
+        name: of the parameter.
+        text: such as "50%, 0.6, 2:4".
+
+    Raises:
+        ParameterError: it cannot be read.
+    """
+    try:
+        values: list[Any] = _yaml().load(f"[{text}\n]")
+    except YAMLError as error:
+        raise ParameterError(
+            f"{name}: expected values with commas between, such as have commas in quotes, received {text!r} "
+            f"({_problem(error)})"
+        ) from error
+    return values
+
+
+def as_values(value: Any) -> str:
+    """One value, or several in a list, as `read_values` takes them."""
+    return _in_a_line(list(value) if isinstance(value, list | tuple) else [value])[1:-1]
+
+
+def as_yaml(grid: Mapping[str, Any]) -> str:
+    """A grid as a file of it is written."""
+    return "".join(f"{name}: {_in_a_line([value])[1:-1]}\n" for name, value in grid.items())
+
+
+def _yaml() -> YAML:
+    return YAML(typ="safe", pure=True)
+
+
+def _in_a_line(values: list[Any]) -> str:
+    writer, text = _yaml(), StringIO()
+    writer.default_flow_style, writer.width = True, 10**6
+    writer.dump(values, text)
+    return text.getvalue().strip()
+
+
 def _loaded(path: Path) -> Any:
     try:
-        return YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+        return _yaml().load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ParameterError(f"{path}: expected a grid in YAML, cannot read it ({error.strerror})") from error
     except UnicodeDecodeError as error:
@@ -76,8 +118,12 @@ def _loaded(path: Path) -> Any:
     except YAMLError as error:
         marked = error if isinstance(error, MarkedYAMLError) else None
         line = f"line {marked.problem_mark.line + 1}: " if marked and marked.problem_mark else ""
-        words = " ".join(str((marked and marked.problem) or error).split())
-        raise ParameterError(f"{path}: expected a grid in YAML; {line}{words}") from error
+        raise ParameterError(f"{path}: expected a grid in YAML; {line}{_problem(error)}") from error
+
+
+def _problem(error: YAMLError) -> str:
+    marked = error if isinstance(error, MarkedYAMLError) else None
+    return " ".join(str((marked and marked.problem) or error).split())
 
 
 def _expanded(described: Any, out: str | Path) -> Grid:

@@ -32,6 +32,7 @@ RUN_PARAMETERS: dict[str, tuple[type, ...]] = {
     "bos": (str,),
     "eval_dataset": (str,),
     "eval_nsamples": (int,),
+    "measure": (str,),
     "out": (str,),
 }
 REPORT_PARAMETERS: dict[str, tuple[type, ...]] = {"folder": (str,), "where": (str,)}
@@ -54,13 +55,20 @@ class SweepRun:
         run: what is done to the model.
         text: what it is calibrated and measured on.
         model: a name for `sparselab.load`.
+        measure: what is measured after it, see `sparselab.experiment.Workbench`.
         out: folder below which results are kept.
     """
 
     run: "RunConfig"
     text: "TextConfig"
     model: str = "tiny"
+    measure: str = "perplexity+errors+gap"
     out: Path = field(default_factory=lambda: Path("runs"))
+
+    def __post_init__(self) -> None:
+        from sparselab.experiment import check_measure
+
+        object.__setattr__(self, "measure", check_measure(self.measure))
 
     @property
     def parameters(self) -> dict[str, Any]:

@@ -10,6 +10,11 @@ from tqdm.auto import tqdm
 Progress = bool | Callable[[int, int], None]
 
 
+def in_time(seconds: float) -> str:
+    """A duration, as short as it can be said."""
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
+
+
 @contextmanager
 def tracked(progress: Progress, total: int, what: str, unit: str) -> Iterator[Callable[[int], object]]:
     """Report units of work as they are done.

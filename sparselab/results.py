@@ -14,7 +14,7 @@ from sparselab.methods import METHODS
 from sparselab.parameters import ParameterError, in_words
 
 # Columns of results: what a model is measured on, and what is done to it, besides the method and the seed.
-TEXT_COLUMNS = ("model", "dataset", "eval_dataset", "seqlen", "eval_nsamples", "bos")
+TEXT_COLUMNS = ("model", "dataset", "eval_dataset", "seqlen", "eval_nsamples", "bos", "measure")
 SETTING_COLUMNS = ("pattern", "percdamp", "blocksize", "nsamples", "propagate", "wbits", "true_sequential")
 _MEASURED = [
     "sparsity", "perplexity", "stderr", "ratio", "relative_error", "calibration_error", "optimality_gap", "seconds",
@@ -68,7 +68,9 @@ def read_runs(folders: Iterable[Path]) -> pd.DataFrame:
         ValueError: a file is damaged.
     """
     kept = [_read(path) for each in folders if (path := _kept(each))]
-    results = pd.DataFrame([{"model": each["model"]} | each["text"] | each["row"] for each in kept])
+    results = pd.DataFrame(
+        [{"model": each["model"], "measure": each.get("measure")} | each["text"] | each["row"] for each in kept]
+    )
     names = [*results.columns, *TEXT_COLUMNS, *SETTING_COLUMNS, *_MEASURED]
     results = results.reindex(columns=list(dict.fromkeys(names))).sort_values([*SETTING_COLUMNS, "seed"])
     order = {method: number for number, method in enumerate(METHODS)}
@@ -126,6 +128,12 @@ class Panel:
     runs: pd.DataFrame
     caption: str
     dense: float | None
+
+    @property
+    def measured(self) -> Literal["perplexity", "relative_error"]:
+        """What a figure can show of the runs: their perplexity, or of those without one the error of layers."""
+        only_errors = self.runs.perplexity.isna().all() and self.runs.relative_error.notna().any()
+        return "relative_error" if only_errors else "perplexity"
 
 
 Varied = Literal["sparsity", "percdamp", "nsamples"]

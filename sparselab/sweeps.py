@@ -3,7 +3,7 @@
 import json
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import BrokenExecutor, Future, as_completed
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -31,6 +31,7 @@ ABOUT = "sweep.json"
 _LOCK = ".lock"
 _NO_WARNINGS = "--IPKernelApp.log_level=ERROR"  # of a kernel that talks to its own machine without encryption
 _one_at_a_time = threading.Lock()  # a worker of several threads has one model all the same
+_SECONDS_BETWEEN_LOOKS = 0.5
 _MOST_LOSSES = 3  # times in a row that processes may be lost without a single job having been finished
 
 
@@ -56,11 +57,13 @@ class Survey(NamedTuple):
         identity: see `Workbench`.
         seconds: of one window through the model.
         nbytes: memory of the worker.
+        statistics: memory of the statistics of all layers.
     """
 
     identity: dict[str, str]
     seconds: float
     nbytes: int
+    statistics: int
 
 
 @dataclass(frozen=True)
@@ -109,7 +112,7 @@ def sweep(
     retry: bool = False,
     progress: Progress = True,
     tell: Callable[[str], object] = lambda _: None,
-    watch: Callable[[], object] = lambda: None,
+    watch: Callable[[int, int], object] = lambda *_: None,
 ) -> pd.DataFrame:
     """Do every run of a grid that is not done yet.
 
@@ -127,9 +130,10 @@ def sweep(
         template: a notebook that papermill runs for each run and keeps beside its result: `notebooks/sweep_run.ipynb`,
             or one with the same parameters; None does without.
         retry: also do again what has failed before.
-        progress: a bar over runs; see `sparselab.progress`.
+        progress: a bar over runs, see `sparselab.progress`; a function is also called now and then while workers are
+            busy, so that what it raises ends the sweep at once.
         tell: called with a line about what is to be done, and about each run that has failed.
-        watch: called whenever there are new results in `out`.
+        watch: called with (runs done, runs in all that were to do) whenever there are new results in `out`.
 
     Returns:
         A row a run of the grid, done or failed; see `Result`.
@@ -146,9 +150,12 @@ def sweep(
             tell(str(line))
         _say_what_it_is(planned, Path(out))
         with tracked(progress, planned.todo, "sweep", "run") as advance:
+            done = 0
             for runs in _do_all(planned, workers, tell):
                 advance(runs)
-                watch()
+                if runs:
+                    done += runs
+                    watch(done, planned.todo)
     return read_runs(planned.folders.values())
 
 
@@ -169,13 +176,14 @@ def plan(
 
 
 def survey(point: SweepRun) -> Survey:
-    """Open a model and its text in a worker, and do there what all runs share."""
+    """Open a model and its text in a worker, and measure there what all runs need, unless it is kept already."""
     with _one_at_a_time:
-        bench = _bench(point.model, point.text, point.out)
-        float(bench.dense)
-        _ = bench.reference
+        bench = _bench(*_shared(point))
+        if "perplexity" in point.measure:
+            float(bench.dense)
         seconds = estimates.seconds_per_window(bench.model, point.text.seqlen)
-    return Survey(bench.identity, seconds, psutil.Process().memory_info().rss)
+        statistics = estimates.statistics_nbytes(bench.model, bench.held_out)
+    return Survey(bench.identity, seconds, psutil.Process().memory_info().rss, statistics)
 
 
 def do(job: Job) -> None:
@@ -205,15 +213,20 @@ def _do(job: Job) -> None:
 
 
 @lru_cache(maxsize=1)
-def _bench(model: str, text: TextConfig, out: Path) -> Workbench:
-    """Of the model and text that this process was asked for last."""
-    return Workbench(*load(model), model, text, out)
+def _bench(model: str, text: TextConfig, measure: str, out: Path) -> Workbench:
+    """The one that this process was asked for last."""
+    return Workbench(*load(model), model, text, out, measure)
+
+
+def _shared(point: SweepRun) -> tuple[str, TextConfig, str, Path]:
+    """What runs of one workbench have in common."""
+    return point.model, point.text, point.measure, point.out
 
 
 def _same_bench(job: Job) -> Workbench:
     """Of the job's model and text, which have to be those that the sweep speaks of."""
     first = job.runs[0]
-    bench = _bench(first.model, first.text, first.out)
+    bench = _bench(*_shared(first))
     if differing := [name for name, value in bench.identity.items() if job.identity[name] != value]:
         raise OutputError(
             f"{first.model}: {differing[0]} is another in this worker than where the sweep was planned; give "
@@ -284,18 +297,22 @@ def _planned(grid: Grid, workers: Workers, template: Path | None, retry: bool) -
         failed |= {point: error for point, error in errors.items() if error}
         todo = [point for point in waiting if point not in failed]
         folders |= here
-        jobs += [Job(tuple(some), known.identity, template) for some in _sharing(todo, template)]
-        runs = [point.run for point in todo]
-        seconds += known.seconds * estimates.windows_passed(runs, points[0].text.eval_nsamples)
-        nbytes = max(nbytes, known.nbytes)
+        for some in _sharing(todo, template):
+            jobs.append(Job(tuple(some), known.identity, template))
+            runs, shared = [point.run for point in some], len(some) > 1
+            seconds += known.seconds * estimates.windows_passed(
+                runs, points[0].text.eval_nsamples, points[0].measure, shared
+            )
+            held = ("errors" in points[0].measure) + shared * len({run.nsamples for run in runs})
+            nbytes = max(nbytes, known.nbytes + held * known.statistics)
     return Plan(grid, folders, failed, tuple(jobs), seconds, nbytes)
 
 
 def _grouped(runs: Sequence[SweepRun]) -> list[list[SweepRun]]:
-    """Those of one model on one text together."""
-    groups: dict[tuple[str, TextConfig], list[SweepRun]] = {}
+    """Those of one workbench together."""
+    groups: dict[object, list[SweepRun]] = {}
     for point in runs:
-        groups.setdefault((point.model, point.text), []).append(point)
+        groups.setdefault(_shared(point), []).append(point)
     return list(groups.values())
 
 
@@ -318,11 +335,14 @@ def _say_what_it_is(planned: Plan, out: Path) -> None:
 
 
 def _do_all(planned: Plan, workers: Workers, tell: Callable[[str], object]) -> Iterator[int]:
-    """Have all jobs done, those of lost processes once more; gives the number of runs of each that is finished."""
+    """Have all jobs done, those of lost processes once more; gives the runs of each that is done, or 0 meanwhile."""
     waiting, losses = list(planned.jobs), 0
     while waiting:
         lost: list[Job] = []
         for job, future in _as_done(waiting, workers):
+            if future is None:
+                yield 0
+                continue
             error = future.exception()
             if isinstance(error, BrokenExecutor):
                 lost.append(job)
@@ -342,8 +362,11 @@ def _do_all(planned: Plan, workers: Workers, tell: Callable[[str], object]) -> I
         waiting = lost
 
 
-def _as_done(jobs: Sequence[Job], workers: Workers) -> Iterator[tuple[Job, "Future[None]"]]:
-    """Each job when it is finished, in whatever order; this process does them as they are submitted."""
+def _as_done(jobs: Sequence[Job], workers: Workers) -> Iterator[tuple[Job, "Future[None] | None"]]:
+    """Each job when it is finished, in whatever order, and now and then one that is not, without its future.
+
+    This process does jobs as they are submitted.
+    """
     under_way: dict[Future[None], Job] = {}
     for job in jobs:
         future = workers.submit(do, job)
@@ -351,8 +374,12 @@ def _as_done(jobs: Sequence[Job], workers: Workers) -> Iterator[tuple[Job, "Futu
             yield job, future
         else:
             under_way[future] = job
-    for future in as_completed(under_way):
-        yield under_way[future], future
+    while under_way:
+        finished, _ = wait(under_way, _SECONDS_BETWEEN_LOOKS, FIRST_COMPLETED)
+        for future in finished:
+            yield under_way.pop(future), future
+        if not finished:
+            yield next(iter(under_way.values())), None
 
 
 def _about_losses(lost: Sequence[Job]) -> str:

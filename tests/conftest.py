@@ -181,7 +181,7 @@ def sweep(tmp_path_factory):
     model, tokenizer = sparselab.load("tiny", "cpu")
     folder = tmp_path_factory.mktemp("runs")
     text = TextConfig(eval_nsamples=FIXED["eval_nsamples"])
-    bench = Workbench(model, tokenizer, "tiny", text, folder, measure_error=False)
+    bench = Workbench(model, tokenizer, "tiny", text, folder, measure="perplexity")
     for method in METHODS:
         for seed in range(SEEDS):
             bench.run(RunConfig(method, FIXED["pattern"], nsamples=FIXED["nsamples"], seed=seed))

@@ -116,15 +116,22 @@ def test_nothing_chosen_is_said(bench):
     assert lab.job is None
 
 
-def test_a_job_says_how_far_it_is_and_how_long_it_will_take(bench):
+def test_a_job_says_how_far_it_is_and_how_long_it_will_take():
+    def work(watch):
+        for done in range(2, 7):
+            watch(done, 6)
+        return "all of it"
+
     told = []
-    job = Job(bench, SMALL.runs(LIKE), lambda job: told.append((job.state, job.finished, job.seconds_left)))
+    job = Job(work, lambda job: told.append((job.state, job.finished, job.seconds_left)))
     assert job.seconds_left is None
     job.start()
     job.join(SECONDS)
+    assert told[0] == ("running", 2, None), "nothing is known of how long those took that were done before"
     assert told[-1] == ("done", 6, 0)
-    assert {finished for _, finished, _ in told} >= {1, 2, 3, 4, 5, 6}
-    assert all(left > 0 for state, finished, left in told if state == "running" and 0 < finished < 6)
+    assert job.result == "all of it"
+    assert [finished for _, finished, _ in told] == [2, 3, 4, 5, 6, 6]
+    assert all(left > 0 for state, finished, left in told if state == "running" and 2 < finished < 6)
 
 
 def test_the_view_states_model_tokens_seeds_and_numbers(bench):

@@ -61,12 +61,34 @@ def test_layers_are_measured_after_the_run_or_not_at_all(llama, tokenizer, monke
     assert order == ["prune", "layer_quality"], "beside the run, whose seconds and memory are its own"
     monkeypatch.setattr(experiment, "layer_quality", None)
     monkeypatch.setattr(experiment, "collect", None)
-    lean = Workbench(llama, tokenizer, "m", TEXT, measure_error=False).run(RUN)
+    lean = Workbench(llama, tokenizer, "m", TEXT, measure="perplexity").run(RUN)
     assert lean.row["perplexity"] == row["perplexity"]
     assert set(lean.row) == set(row)
     for name in ("relative_error", "calibration_error", "optimality_gap"):
         assert math.isnan(lean.row[name])
         assert all(math.isnan(layer[name]) for layer in lean.layers)
+
+
+def test_errors_alone_are_those_of_a_whole_run_and_nothing_else_is_measured(llama, tokenizer, monkeypatch, tmp_path):
+    row = Workbench(llama, tokenizer, "m", TEXT, tmp_path).run(RUN).row
+    monkeypatch.setattr(experiment, "layer_quality", None)
+    monkeypatch.setattr(experiment, "perplexity", None)
+    bench = Workbench(llama, tokenizer, "m", TEXT, tmp_path, measure="errors")
+    result = bench.run(RUN)
+    assert result.row["relative_error"] == row["relative_error"]
+    assert result.nll == []
+    assert len(list(tmp_path.glob("*/result.json"))) == 2, "what is measured is part of what a result is filed by"
+    for name in ("perplexity", "stderr", "ratio", "calibration_error", "optimality_gap"):
+        assert math.isnan(result.row[name])
+    with pytest.raises(ValueError, match="perplexity: expected a workbench that measures it, received one of 'errors'"):
+        bench.perplexity(RUN)
+
+
+def test_what_is_measured_is_checked_and_put_in_order(llama, tokenizer):
+    assert Workbench(llama, tokenizer, "m", TEXT, measure="gap+perplexity").measure == "perplexity+gap"
+    for measure in ("", "ppl", "errors+"):
+        with pytest.raises(ValueError, match="measure: expected some of perplexity, errors, gap, joined by "):
+            Workbench(llama, tokenizer, "m", TEXT, measure=measure)
 
 
 def test_difference_is_that_of_single_runs_paired_by_seed(bench):
@@ -165,7 +187,7 @@ def test_a_failed_factorisation_is_a_result_that_says_so(bench, monkeypatch):
 def test_collected_statistics_serve_dense_runs(bench, monkeypatch):
     dense = replace(RUN, propagate="dense")
     by_walk = bench.run(dense).row
-    other = Workbench(bench.model, bench.tokenizer, "random llama", TEXT, measure_error=False)
+    other = Workbench(bench.model, bench.tokenizer, "random llama", TEXT, measure="perplexity")
     other.collect([2, 6], seed=0)
     monkeypatch.setattr(other, "calibration", None)
     served = other.run(dense).row

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparselab.experiment import RunConfig, TextConfig
-from sparselab.grid import read_grid
+from sparselab.grid import as_values, as_yaml, read_grid, read_values
 from sparselab.parameters import ParameterError, SweepRun
 
 
@@ -20,7 +20,7 @@ def test_all_values_with_all_in_the_order_they_are_written(tmp_path):
     assert [(each.run.method, each.run.sparsity) for each in grid.runs] == [
         ("wanda", "50%"), ("wanda", "2:4"), ("sparsegpt", "50%"), ("sparsegpt", "2:4"),
     ]  # fmt: skip
-    assert grid.runs[0] == SweepRun(RunConfig("wanda", "50%", nsamples=8), TextConfig(), "tiny", Path("there"))
+    assert grid.runs[0] == SweepRun(RunConfig("wanda", "50%", nsamples=8), TextConfig(), out=Path("there"))
     assert str(grid) == "4 runs (2 × method, 2 × sparsity)"
 
 
@@ -94,6 +94,37 @@ def test_what_is_wrong_is_named_in_one_line(tmp_path, text, message):
         read_grid(path)
     assert str(caught.value).startswith(f"{path}: ")
     assert len(str(caught.value).splitlines()) == 1
+
+
+VALUES = {
+    "0.5, 60%, 2:4": [0.5, "60%", "2:4"], "1e-4": [0.0001], "null, 4": [None, 4], "'0=dense,*=60%'": ["0=dense,*=60%"],
+    "true": [True], "": [], "{method: wanda, seed: [0, 1]}": [{"method": "wanda", "seed": [0, 1]}],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "values"), VALUES.items())
+def test_values_are_read_from_a_line_and_written_as_one(text, values):
+    assert read_values("name", text) == values
+    assert read_values("name", as_values(values)) == values
+    assert not as_values(values).startswith("[")
+
+
+def test_values_that_cannot_be_read_are_named():
+    with pytest.raises(ParameterError, match=r"^sparsity: expected values with commas .*, received '\*=6, \]' \("):
+        read_values("sparsity", "*=6, ]")
+
+
+def test_a_grid_is_written_as_it_is_read(tmp_path):
+    described = {
+        "method": ["wanda", "sparsegpt"],
+        "sparsity": [0.5, "2:4"],
+        "seed": 1,
+        "exclude": [{"method": "wanda"}],
+    }
+    text = as_yaml(described)
+    assert text.splitlines()[0] == "method: [wanda, sparsegpt]"
+    path = written(tmp_path, text)
+    assert read_grid(path).given == described
 
 
 def test_files_that_are_none(tmp_path):

@@ -45,12 +45,13 @@ def test_parameters_become_settings(tmp_path):
     given = {
         "model": "m", "dataset": "stdlib", "method": "wanda", "sparsity": "2:4", "percdamp": 0.1, "nsamples": 3,
         "seqlen": 32, "seed": 5, "blocksize": 16, "propagate": "dense", "wbits": None, "true_sequential": False,
-        "bos": "window", "eval_dataset": str(tmp_path), "eval_nsamples": 7, "out": "x",
+        "bos": "window", "eval_dataset": str(tmp_path), "eval_nsamples": 7, "measure": "errors+perplexity",
+        "out": "x",
     }  # fmt: skip
     assert set(given) == set(RUN_PARAMETERS)
     run = RunConfig("wanda", "2:4", 0.1, 16, 3, 5, "dense")
     text = TextConfig("stdlib", str(tmp_path), 32, 7, "window")
-    assert checked_run(given) == SweepRun(run, text, "m", Path("x"))
+    assert checked_run(given) == SweepRun(run, text, "m", "perplexity+errors", Path("x"))
 
 
 @pytest.mark.parametrize(("sparsity", "pattern"), [(0.6, "60%"), ("60%", "60%"), (1, "100%"), ("1:4", "1:4")])
@@ -77,6 +78,7 @@ BAD = {
     "bits that no sweep rounds to": ({"wbits": 4, "method": "wanda"}, "^wbits: expected sparsegpt or an update"),
     "a count for yes or no": ({"true_sequential": 1}, "^true_sequential: expected True or False, received 1$"),
     "inputs": ({"propagate": "both"}, "^propagate: expected 'pruned' or 'dense', received 'both'$"),
+    "measure": ({"measure": "perplexity+all"}, "^measure: expected some of perplexity, errors, gap, joined by \\+, re"),
     "token": ({"bos": "always"}, "^bos: expected 'document' or 'window', received 'always'$"),
     "method": ({"method": "wandaa"}, "^method: expected one of .*, received 'wandaa'; did you mean wanda\\?$"),
     "no such method": ({"method": "xyz"}, "^method: expected one of .*, received 'xyz'$"),

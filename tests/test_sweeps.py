@@ -83,6 +83,21 @@ def test_what_is_done_is_not_done_again(grid, tmp_path, monkeypatch):
     same(table[table.seed == 0], first)
 
 
+def test_whoever_watches_is_told_of_new_results_and_ends_the_sweep_by_raising(grid, tmp_path):
+    seen, asked = [], []
+
+    def stop(done, total):
+        asked.append((done, total))
+        if done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sweep(grid, tmp_path, progress=stop, watch=lambda *how: seen.append(how))
+    assert asked == [(1, 8), (2, 8), (3, 8)]
+    assert seen == [(1, 8), (2, 8)]
+    assert len(kept(tmp_path)) == 3
+
+
 def test_another_text_is_another_sweep(grid, tmp_path):
     text = tmp_path / "mine.txt"
     text.write_text(Path(grid["dataset"]).read_text())
@@ -155,6 +170,11 @@ def test_runs_on_dense_inputs_share_statistics_of_one_pass(grid, tmp_path, monke
     table = quiet(shared, tmp_path / "shared")
     assert passes == [([4, 8], 0), ([4, 8], 1)], "one for each draw"
     assert len(table) == 16
+    passes.clear()
+    errors = quiet(shared | {"measure": "errors"}, tmp_path / "errors")
+    assert passes == [([4, 8], 0), ([4, 8], 1)]
+    pd.testing.assert_series_equal(errors.relative_error, table.relative_error, rtol=1e-4)
+    assert errors.perplexity.isna().all()
     passes.clear()
     alone = quiet(shared | {"nsamples": 8, "percdamp": 0.1, "method": "sparsegpt", "seed": 1}, tmp_path / "alone")
     assert passes == []

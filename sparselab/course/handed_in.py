@@ -98,4 +98,4 @@ def _check_numbers(table: pd.DataFrame) -> None:
 def _bench() -> Workbench:
     model, tokenizer = load("tiny", "cpu")
     text = TextConfig(seqlen=256, eval_nsamples=16)
-    return Workbench(model, tokenizer, "tiny", text, measure_error=False)
+    return Workbench(model, tokenizer, "tiny", text, measure="perplexity")

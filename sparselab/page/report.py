@@ -4,7 +4,7 @@ import base64
 import html
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -14,9 +14,9 @@ from matplotlib.figure import Figure
 
 from sparselab import files
 from sparselab.figures import png
-from sparselab.figures.cost import trade_offs
-from sparselab.figures.seeds import curves
-from sparselab.results import SETTING_COLUMNS, TEXT_COLUMNS, failures, panels, read_sweep, sets
+from sparselab.figures.found import found
+from sparselab.progress import in_time
+from sparselab.results import SETTING_COLUMNS, TEXT_COLUMNS, failures, read_sweep
 from sparselab.sweeps import ABOUT
 
 PAGE, TABLE = "report.html", "results"
@@ -26,13 +26,14 @@ _FIRST = ["method", "pattern", "seed", "perplexity", "stderr", "ratio", "relativ
 _TEMPLATE = Path(__file__).with_name("page.html")
 
 
-def write_report(folder: str | Path, where: str = "", live: bool = False) -> list[Path]:
+def write_report(folder: str | Path, where: str = "", under_way: str = "") -> list[Path]:
     """Write the page of a sweep, and its results as tables, into its folder.
 
     Args:
         folder: where the sweep keeps results.
         where: which of them, see `read_sweep`.
-        live: the sweep is under way, and the page looks for a newer one of itself every few seconds.
+        under_way: how far the sweep is, if it is not done; the page then looks for a newer one of itself every few
+            seconds.
 
     Returns:
         What was written: `report.html`, `results.csv`, and `results.parquet` if pyarrow is installed (extra `sweep`).
@@ -43,10 +44,10 @@ def write_report(folder: str | Path, where: str = "", live: bool = False) -> lis
     place, runs = Path(folder), read_sweep(folder, where)
     about = _about(place)
     text = Template(_TEMPLATE.read_text(encoding="utf-8")).substitute(
-        refresh=f'<meta http-equiv="refresh" content="{_SECONDS_BETWEEN_LOOKS}">' if live else "",
+        refresh=f'<meta http-equiv="refresh" content="{_SECONDS_BETWEEN_LOOKS}">' if under_way else "",
         title=html.escape(f"Sweep: {place.resolve().name}"),
-        summary=html.escape(_summary(runs, about, where, live)),
-        figures="\n".join(map(_image, _figures(runs))) or "<p>None: neither sparsity, damping nor windows vary.</p>",
+        summary=html.escape(_summary(runs, about, where, under_way)),
+        figures="\n".join(map(_image, found(runs))) or "<p>None: neither sparsity, damping nor windows vary.</p>",
         failures=_failures(runs),
         table=_table(runs),
         made=html.escape(json.dumps(about, indent=1, ensure_ascii=False) if about else f"not known: no {ABOUT}"),
@@ -66,14 +67,15 @@ class Renewed:
     """
 
     def __init__(self, folder: str | Path, tell: Callable[[str], object]) -> None:
-        self._folder, self._tell, self._next = folder, tell, 0.0
+        self._folder, self._tell, self._next, self._began = folder, tell, 0.0, time.monotonic()
 
-    def __call__(self) -> None:
-        """Something is new."""
+    def __call__(self, done: int, total: int) -> None:
+        """Something is new: so many runs are done since this was made, of so many in all."""
         started = time.monotonic()
         if started >= self._next:
+            left = in_time((started - self._began) / done * (total - done))
             try:
-                write_report(self._folder, live=True)
+                write_report(self._folder, under_way=f"under way, about {left} left")
             except (ValueError, OSError) as error:
                 self._tell(f"{PAGE} is not written: {error}")
             taken = time.monotonic() - started
@@ -87,20 +89,11 @@ def _about(folder: Path) -> dict[str, Any]:
     return about
 
 
-def _summary(runs: pd.DataFrame, about: dict[str, Any], where: str, live: bool) -> str:
+def _summary(runs: pd.DataFrame, about: dict[str, Any], where: str, under_way: str) -> str:
     of = f" of {about['runs']}" if about.get("runs", 0) > len(runs) and not where else ""
     said = [f"{len(runs)}{of} runs, {len(failures(runs))} of them failed"]
-    said += [f"those of {where}"] * bool(where) + ["under way; this page renews itself"] * live
+    said += [f"those of {where}"] * bool(where) + [f"{under_way}; this page renews itself"] * bool(under_way)
     return "; ".join(said)
-
-
-def _figures(runs: pd.DataFrame) -> Iterator[Figure]:
-    for x in ("sparsity", "percdamp", "nsamples"):
-        for panel in panels(runs, x):
-            yield curves(panel.runs, x, panel.caption, dense=panel.dense)
-    for some in sets(runs[runs.failure == ""], "sparsity"):
-        if len(some.runs[["method", "pattern"]].drop_duplicates()) > 1:
-            yield trade_offs(some.runs, some.caption)
 
 
 def _image(figure: Figure) -> str:

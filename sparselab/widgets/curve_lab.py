@@ -1,15 +1,17 @@
 """The curve lab: perplexity against sparsity, more points at the press of a button, none computed twice."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from ipywidgets import BoundedIntText, Button, FloatProgress, SelectMultiple
+from ipywidgets import BoundedIntText, SelectMultiple
 
 from sparselab.comparison import caption
 from sparselab.experiment import RunConfig, Workbench
 from sparselab.figures.seeds import curves, over_seeds
 from sparselab.methods import METHODS, PUBLISHED, find
-from sparselab.widgets.job import Job
-from sparselab.widgets.panel import Panel, View, row
+from sparselab.widgets.job import Work
+from sparselab.widgets.panel import View, row
+from sparselab.widgets.working import WorkingPanel
 
 PATTERNS = (*(f"{percent}%" for percent in range(10, 100, 10)), "2:4", "4:8", "1:4")
 
@@ -63,8 +65,10 @@ def view(bench: Workbench, like: RunConfig) -> View:
     return View(figure, numbers.fillna("").reset_index(), summary)
 
 
-class CurveLab(Panel):
+class CurveLab(WorkingPanel):
     """Choose methods, sparsities and seeds; Run computes what is missing in the background, Cancel stops it.
+
+    Only one of these may use a bench at a time, and nothing else may touch its model meanwhile.
 
     Args:
         bench: does the runs and remembers them.
@@ -75,20 +79,14 @@ class CurveLab(Panel):
     def __init__(self, bench: Workbench, like: RunConfig, start: State | None = None) -> None:
         start = start or State()
         self.bench, self.like = bench, like
-        self.job: Job | None = None
+        self._current: RunConfig | None = None
         self.methods = SelectMultiple(
             options=list(METHODS), value=start.methods, description="methods", rows=len(METHODS)
         )
         self.patterns = SelectMultiple(options=PATTERNS, value=start.patterns, description="sparsities", rows=6)
         self.seeds = BoundedIntText(value=start.seeds, min=1, max=20, description="seeds")
-        self.run_button = Button(description="Run", icon="play", button_style="primary")
-        self.cancel_button = Button(description="Cancel", icon="stop", disabled=True)
-        self.progress = FloatProgress(value=0, min=0, max=1, description="")
-        self._drawn = 0
-        rows = [row(self.methods, self.patterns, self.seeds), row(self.run_button, self.cancel_button, self.progress)]
-        super().__init__(rows, lambda: view(bench, like))
-        self.run_button.on_click(lambda _: self.start())
-        self.cancel_button.on_click(lambda _: self.cancel())
+        controls = [row(self.methods, self.patterns, self.seeds)]
+        super().__init__(controls, lambda: view(bench, like), self._work, "points")
         self.refresh()
 
     @property
@@ -96,44 +94,21 @@ class CurveLab(Panel):
         """The controls as they stand."""
         return State(tuple(self.methods.value), tuple(self.patterns.value), self.seeds.value)
 
-    def start(self) -> None:
-        """Compute what is missing, in the background."""
-        if self.job is not None and self.job.state == "running":
-            return
+    def _work(self) -> Work:
+        """Compute what is missing; a run that is cancelled stops at its next layer."""
         runs = self.state.runs(self.like)
         if not runs:
-            self.say("choose at least one method and one sparsity", failed=True)
-            return
-        self.job = Job(self.bench, runs, self._news)
-        self.run_button.disabled, self.cancel_button.disabled = True, False
-        self.say(f"running: 0 of {len(runs)} points")
-        self.job.start()
+            raise ValueError("choose at least one method and one sparsity")
+        return lambda watch: self._compute(runs, watch)
 
-    def cancel(self) -> None:
-        """Stop at the next layer; finished points stay."""
-        if self.job is not None:
-            self.job.cancel()
+    def _compute(self, runs: Sequence[RunConfig], watch: Callable[[int, int], None]) -> None:
+        missing = [run for run in runs if self.bench.finished(run) is None]
+        known = len(runs) - len(missing)
+        watch(known, len(runs))
+        for done, self._current in enumerate(missing, known):
+            self.bench.run(self._current, lambda *_, done=done: watch(done, len(runs)))
+            watch(done + 1, len(runs))
 
-    def _news(self, job: Job) -> None:
-        self.progress.value = job.finished / job.total
-        known = len(self.bench.runs)
-        if known != self._drawn:
-            self._drawn = known
-            self.refresh()
-        if job.state != "running":
-            self.run_button.disabled, self.cancel_button.disabled = False, True
-        self.say(_words(job), failed=job.state == "failed")
-
-
-def _words(job: Job) -> str:
-    points = f"{job.finished} of {job.total} points"
-    if job.state == "failed":
-        return f"failed after {points}: {job.error}"
-    if job.state != "running" or job.current is None:
-        return f"{job.state}: {points}" + (", all kept" if job.state == "cancelled" else "")
-    left = "" if job.seconds_left is None else f", about {_duration(job.seconds_left)} left"
-    return f"running {job.current.method} {job.current.sparsity}, seed {job.current.seed}: {points}{left}"
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
+    def _under_way(self) -> str:
+        run = self._current
+        return f"running {run.method} {run.sparsity}, seed {run.seed}" if run else "running"

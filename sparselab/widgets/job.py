@@ -1,11 +1,9 @@
-"""Runs of a bench in the background, which can be watched and cancelled."""
+"""Work in the background, which can be watched and cancelled."""
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Literal
-
-from sparselab.experiment import RunConfig, Workbench
 
 _SECONDS_BETWEEN_NEWS = 0.2
 
@@ -14,27 +12,30 @@ class _Cancelled(Exception):  # noqa: N818  # not an error: somebody pressed a b
     pass
 
 
-class Job:
-    """Several runs one after another in a thread of its own; what is finished is kept by the bench.
+# Called with a function that it has to call often, with (units done, units in all), the first time before it does any;
+# what that raises has to end the work. Gives what is to be said in the end, if that is more than how much was done.
+Work = Callable[[Callable[[int, int], None]], str | None]
 
-    Only one job may use a bench at a time, and nothing else may touch its model meanwhile.
+
+class Job:
+    """One piece of work in a thread of its own.
 
     Args:
-        bench: does the runs and remembers them.
-        runs: what to do; those the bench knows already cost nothing.
-        tell: called from the thread with the job whenever there is news: often while a run is under way, at least once
-            after each run, and at the end.
+        work: what to do.
+        tell: called from the thread with the job whenever there is news: often while it is under way, at least once
+            after each unit, and at the end.
     """
 
-    def __init__(self, bench: Workbench, runs: Sequence[RunConfig], tell: Callable[["Job"], None]) -> None:
+    def __init__(self, work: Work, tell: Callable[["Job"], None]) -> None:
         self.state: Literal["ready", "running", "done", "cancelled", "failed"] = "ready"
-        self.finished, self.total = 0, len(runs)
+        self.finished, self.total = 0, 0
         self.error = ""
-        self.current: RunConfig | None = None
-        self._bench, self._runs, self._tell = bench, runs, tell
+        self.result: str | None = None
+        self._before: int | None = None  # units that were done when it began
+        self._work, self._tell = work, tell
         self._cancel = threading.Event()
-        self._thread = threading.Thread(target=self._work, daemon=True)
-        self._computed, self._started, self._last_news = 0, 0.0, 0.0
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._started, self._last_news = 0.0, 0.0
 
     def start(self) -> None:
         """Begin; returns at once."""
@@ -43,7 +44,7 @@ class Job:
         self._thread.start()
 
     def cancel(self) -> None:
-        """Stop at the next layer or batch of windows; the run under way is lost, the finished ones are not."""
+        """Stop as soon as the work says how far it is."""
         self._cancel.set()
 
     def join(self, timeout: float | None = None) -> None:
@@ -52,33 +53,28 @@ class Job:
 
     @property
     def seconds_left(self) -> float | None:
-        """An estimate from the runs that had to be computed so far; None before the first."""
-        if not self._computed:
+        """An estimate from the units so far; None before the first."""
+        if not (done := self.finished - (self._before or 0)):
             return None
-        waiting = sum(self._bench.finished(run) is None for run in self._runs)
-        return (time.monotonic() - self._started) / self._computed * waiting
+        return (time.monotonic() - self._started) / done * (self.total - self.finished)
 
-    def _work(self) -> None:
+    def _run(self) -> None:
         try:
-            for run in self._runs:
-                self._watch()
-                self.current = run
-                known = self._bench.finished(run) is not None
-                self._bench.run(run, self._watch)
-                self.finished += 1
-                self._computed += not known
-                self._tell(self)
+            self.result = self._work(self._watch)
             self.state = "done"
         except _Cancelled:
             self.state = "cancelled"
         except Exception as error:  # whatever it was, whoever waits must see it
             self.state, self.error = "failed", f"{type(error).__name__}: {error}"
-        self.current = None
         self._tell(self)
 
-    def _watch(self, *_: int) -> None:
+    def _watch(self, done: int, total: int) -> None:
+        if self._before is None:
+            self._before = done
+        further = done > self.finished
+        self.finished, self.total = done, total
         if self._cancel.is_set():
             raise _Cancelled
-        if time.monotonic() - self._last_news > _SECONDS_BETWEEN_NEWS:
+        if further or time.monotonic() - self._last_news > _SECONDS_BETWEEN_NEWS:
             self._last_news = time.monotonic()
             self._tell(self)
