@@ -38,12 +38,11 @@ class Pool(ProcessPoolExecutor):
 
     Args:
         workers: how many.
-        threads: of each; None shares out the cores.
     """
 
-    def __init__(self, workers: int, threads: int | None = None) -> None:
+    def __init__(self, workers: int) -> None:
         before = set(multiprocessing.active_children())
-        share = threads or max(1, (os.cpu_count() or 1) // workers)
+        share = max(1, (os.cpu_count() or 1) // workers)
         super().__init__(workers, multiprocessing.get_context("spawn"), _settle, (share,))
         self._not_ours = before
 

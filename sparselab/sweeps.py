@@ -126,7 +126,8 @@ def sweep(
         grid: a YAML file or a mapping, see `read_grid`.
         out: folder that collects results; on a file system that all workers share.
         executor: does the runs: any `concurrent.futures.Executor` (of Dask, `client.get_executor()`), or a function
-            that makes one, which is called again if its processes are lost; None does them in this process.
+            that makes one, which is called again if its processes are lost; None does them in this process. Methods
+            that were registered here are not known to other processes, unless what makes them registers these too.
         template: a notebook that papermill runs for each run and keeps beside its result: `notebooks/sweep_run.ipynb`,
             or one with the same parameters; None does without.
         retry: also do again what has failed before.

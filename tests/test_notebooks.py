@@ -26,7 +26,7 @@ def name(path: Path) -> str:
 
 
 def test_there_are_both_kinds():
-    assert [path.stem[:2] for path in GALLERY] == ["01", "02", "03", "04", "05", "06", "07"]
+    assert [path.stem[:2] for path in GALLERY] == ["01", "02", "03", "04", "05", "06", "07", "08"]
     assert [path.stem for path in TEMPLATES] == ["sweep_report", "sweep_run"]
 
 
