@@ -81,8 +81,8 @@ def workers(options: argparse.Namespace) -> str:
     taken = in_turns(cases, options.rounds)
     one, two = (median(each) for each in taken.values())
     return (
-        f"60 runs ({', '.join(METHODS)} × 5 sparsities × 4 seeds; 64 calibration and 200 evaluation windows, perplexity "
-        f"measured), the whole command; medians of {options.rounds} in turns\n\n"
+        f"60 runs ({', '.join(METHODS)} × 5 sparsities × 4 seeds; 64 calibration and 200 evaluation windows, "
+        f"perplexity measured), the whole command; medians of {options.rounds} in turns\n\n"
         f"{table(taken, 'processes of one thread')}\n\nTwo take {two / one:.2f} times as long as one."
     )
 
