@@ -6,6 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 DEMO_OUT ?= demo
 PS ?= ps1
 SUBMISSIONS ?= submitted/$(PS)
+JOBS ?= 2
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test scale lab assignment grade grades lint types check notebooks bench clean
@@ -40,8 +41,8 @@ demo lab: export OMP_WAIT_POLICY ?= PASSIVE
 demo: $(VENV)/base ## prune the bundled model three ways and print what each cost
 	$(BIN)/sparselab compare tiny --out $(DEMO_OUT) --overwrite
 
-test: $(VENV)/test ## run every test that this machine can
-	$(BIN)/python -m pytest
+test: $(VENV)/test ## run every test that this machine can, two files at a time: make test JOBS=2
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 scale: $(VENV)/scale ## add DeepSpeed, for models partitioned by ZeRO-3
 

@@ -64,6 +64,8 @@ _cache = tempfile.TemporaryDirectory(prefix="sparselab-cache-")  # nothing that 
 os.environ["SPARSELAB_CACHE"] = _cache.name
 os.environ["TQDM_DISABLE"] = "1"
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin make small work crawl on a busy machine
+if jobs := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):  # they share the cores
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
 
 import pandas as pd
 import pytest

@@ -367,7 +367,12 @@ def command(grid, out, *more):
     path = out.with_suffix(".yaml")
     path.write_text(json.dumps(grid))  # JSON is YAML
     words = [sys.executable, "-m", "sparselab", "sweep", str(path), "--out", str(out), "--no-notebooks", *more]
-    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=out.parent)
+    piped = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background of a shell ignore it
+    try:
+        return subprocess.Popen(words, cwd=out.parent, **piped)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def wait_for_results(process, out, count):

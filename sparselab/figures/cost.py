@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator, PercentFormatter
 
 from sparselab.cost import break_even, statistics_bytes
-from sparselab.figures.style import COLOURS, GREY, captioned, method_style, new_figure, styles
+from sparselab.figures.style import COLOURS, GREY, captioned, method_style, new_figure, scale_y, styles
 
 HATCHES = {"magnitude": "", "wanda": "//", "sparsegpt": "xx", "ria": "\\\\", "admm": "++"}
 FORM_STYLES = dict(zip(("dense", "bitmask", "CSR", "2:4"), styles(), strict=False))
@@ -76,10 +76,9 @@ def trade_offs(runs: pd.DataFrame, caption: str) -> Figure:
         ax.xaxis.set_major_formatter("{x:g}")
         ax.xaxis.set_minor_locator(NullLocator())
         ax.set_xlabel(f"{label} (log scale)")
-    if means.perplexity.max() > 2 * means.perplexity.min():
-        axes[0].set_yscale("log")
+    scale_y(axes[0], means.perplexity.tolist())
     axes[0].set_ylabel("held-out perplexity" + (" (log scale)" if axes[0].get_yscale() == "log" else ""))
-    axes[0].legend()
+    axes[1].legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return captioned(figure, caption)
 
 

@@ -7,17 +7,23 @@ from matplotlib.figure import Figure
 
 from sparselab.figures.cost import trade_offs
 from sparselab.figures.seeds import curves
-from sparselab.results import panels, sets
+from sparselab.results import Varied, column_of, panels, sets
+
+SETTINGS: tuple[Varied, ...] = ("sparsity", "percdamp", "nsamples")
 
 
 def found(runs: pd.DataFrame) -> Iterator[Figure]:
     """Curves for each setting that varies, and cost beside quality where methods or patterns do.
 
+    Where some setting has three values or more there are no curves against those that have two: they would be many, of
+    two points each.
+
     Args:
         runs: from `results.read_sweep`.
     """
-    for x in ("sparsity", "percdamp", "nsamples"):
-        for panel in panels(runs, x):
+    values = {x: runs[column_of(x)].nunique() for x in SETTINGS}
+    for x in SETTINGS:
+        for panel in panels(runs, x) if values[x] > 2 or max(values.values()) == 2 else ():
             yield curves(panel.runs, x, panel.caption, panel.measured, panel.dense)
     for some in sets(runs[(runs.failure == "") & runs.perplexity.notna()], "sparsity"):
         if len(some.runs[["method", "pattern"]].drop_duplicates()) > 1:

@@ -1,15 +1,14 @@
 """Sweeps repeated over seeds: a line a method through the means, in a band from the lowest seed to the highest."""
 
-import math
 from typing import Any, Literal
 
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
-from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, MultipleLocator, NullLocator
+from matplotlib.ticker import FixedLocator, MultipleLocator, NullLocator
 
-from sparselab.figures.style import GREY, captioned, method_style, new_figure, standing_apart
+from sparselab.figures.style import GREY, captioned, method_style, new_figure, scale_y, standing_apart
 from sparselab.results import SETTING_COLUMNS, TEXT_COLUMNS, column_of
 from sparselab.solvers import NM, parse_sparsity
 
@@ -136,7 +135,7 @@ def _draw_panel(ax: Axes, table: pd.DataFrame, x: Setting, dense: float | None) 
         _draw_apart(ax, table[of_method & apart], method)
     if apart.any():
         _name_apart(ax, table[apart])
-    _scale_y(ax, [*table["min"].dropna(), *table["max"].dropna(), *([] if dense is None else [dense])])
+    scale_y(ax, [*table["min"].dropna(), *table["max"].dropna(), *([] if dense is None else [dense])])
     _scale_x(ax, x, sorted(table["at"].unique()))
     ax.set_xlabel(_X_LABELS[x])
     _draw_failures(ax, table[table.failed > 0])
@@ -180,20 +179,6 @@ def _draw_failures(ax: Axes, points: pd.DataFrame) -> None:
         ax.annotate(text, (point["at"], 1), (0, 8), xycoords=top, textcoords="offset points", ha="center", fontsize=8)
     if len(points):
         ax.plot([], [], "x", color=GREY, markersize=8, markeredgewidth=2, label="Hessian could not be factored")
-
-
-def _scale_y(ax: Axes, measured: list[float]) -> None:
-    """A log scale where the values change more than twofold, with ticks close enough to read numbers from."""
-    low, high = (min(measured), max(measured)) if measured else (1.0, 1.0)
-    if low <= 0 or high < 2 * low:
-        ax.yaxis.set_major_locator(MaxNLocator(7, steps=[1, 2, 5, 10]))
-        return
-    decades = math.log10(high / low)
-    ax.set_yscale("log")
-    fine, medium, coarse = (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8), (1, 1.2, 1.5, 2, 3, 5, 7), (1, 2, 5)
-    ax.yaxis.set_major_locator(LogLocator(subs=fine if decades < 0.7 else medium if decades < 1.5 else coarse))
-    ax.yaxis.set_major_formatter("{x:g}")
-    ax.yaxis.set_minor_locator(NullLocator())
 
 
 def _scale_x(ax: Axes, x: str, places: list[float]) -> None:

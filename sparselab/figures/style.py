@@ -1,5 +1,6 @@
 """What all figures share: colours, markers, a caption under the picture, PNG bytes."""
 
+import math
 from collections.abc import Iterator
 from io import BytesIO
 from itertools import cycle, islice
@@ -9,6 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from PIL import Image
 
 # Okabe & Ito's palette, distinguishable with any colour vision; markers and line styles say the same again.
@@ -75,3 +77,22 @@ def png(figure: Figure, dpi: int = 96) -> bytes:
     pixels = np.asarray(canvas.buffer_rgba())  # type: ignore[no-untyped-call]
     Image.fromarray(pixels).convert("RGB").save(buffer, "png", compress_level=3)
     return buffer.getvalue()
+
+
+def scale_y(ax: Axes, measured: list[float]) -> None:
+    """A log scale where the values change more than twofold, with ticks close enough to read numbers from.
+
+    Args:
+        ax: whose y axis.
+        measured: the values on it.
+    """
+    low, high = (min(measured), max(measured)) if measured else (1.0, 1.0)
+    if low <= 0 or high < 2 * low:
+        ax.yaxis.set_major_locator(MaxNLocator(7, steps=[1, 2, 5, 10]))
+        return
+    decades = math.log10(high / low)
+    ax.set_yscale("log")
+    fine, medium, coarse = (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8), (1, 1.2, 1.5, 2, 3, 5, 7), (1, 2, 5)
+    ax.yaxis.set_major_locator(LogLocator(subs=fine if decades < 0.7 else medium if decades < 1.5 else coarse))
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.yaxis.set_minor_locator(NullLocator())

@@ -21,7 +21,7 @@ from sparselab.course.grader.submission import exercises
 
 nbgrader_api = pytest.importorskip("nbgrader.api")
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200), pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800), pytest.mark.filterwarnings("ignore")]
 
 PROBLEM_SETS = [path.stem for path in SOURCES]
 RIGHT_STYLES = ("right-1", "right-2")
@@ -48,9 +48,9 @@ class Graded:
         return (self.root / "feedback" / student / self.problem_set / f"{self.problem_set}.html").read_text()
 
 
-def graded(folder: Path, out: Path, problem_set: str, **how) -> Graded:
-    limits = Limits(cell_seconds=30, seconds=120, memory_gb=4)
-    assert grade(COURSE, problem_set, folder, out, limits, workers=2, **how) == []
+def graded(folder: Path, out: Path, problem_set: str, cell_seconds: int, seconds: int) -> Graded:
+    limits = Limits(cell_seconds, seconds, memory_gb=4)
+    assert grade(COURSE, problem_set, folder, out, limits, workers=2) == []
     with (out / "grades.csv").open(newline="") as file:
         return Graded(out, problem_set, list(csv.DictReader(file)))
 
@@ -83,7 +83,7 @@ def a_class(request, release, sweep, tmp_path_factory):
             typed = {f"{exercise}-answer": as_typed(given) for exercise, given in answers.get(name, {}).items()}
             csv = {"results_csv": altered[name](sweep.copy()).to_csv(index=False)} if name in altered else {}
             hand_in(folder, name, answered(blank, typed), problem_set, **csv)
-    return graded(folder, tmp_path_factory.mktemp("graded") / "out", problem_set)
+    return graded(folder, tmp_path_factory.mktemp("graded") / "out", problem_set, 200, 600)
 
 
 def most(problem_set: str) -> dict[str, float]:
@@ -158,7 +158,7 @@ def trouble(release, tmp_path_factory):
     (folder / "Otto, renamed [1]").mkdir()
     odd = '{"cells": [1, {"id": 7}, {"id": "nm_mask-answer", "source": {"a": 1}, "metadata": 3}], "nbformat": 2}'
     (folder / "Otto, renamed [1]" / "homework (final).ipynb").write_text(odd)
-    return graded(folder, tmp_path_factory.mktemp("graded") / "out", "ps1")
+    return graded(folder, tmp_path_factory.mktemp("graded") / "out", "ps1", 30, 120)
 
 
 EACH = dict.fromkeys(["magnitude_mask", "global_magnitude_masks", "nm_mask", "wanda_mask"], 3)
