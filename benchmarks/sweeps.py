@@ -113,33 +113,39 @@ def numbers(out: Path) -> pd.DataFrame:
 
 
 def kills(options: argparse.Namespace) -> str:
-    """Kill the sweep, with all its processes or alone, and begin it again."""
+    """Kill the sweep, with all its processes or alone, and begin it again; once it is done, in a new folder."""
     draw, grid = random.Random(options.seed), CURVES | QUICK
     with tempfile.TemporaryDirectory() as folder:
-        quiet, out = Path(folder, "quiet"), Path(folder, "runs")
+        quiet = Path(folder, "quiet")
         usual = seconds(grid, quiet, "--workers", "2")
-        killed, left, before = 0, [], {}
+        found: list[list[int]] = [[]]  # of each folder, the results that were there after each kill
+        before: dict[Path, int] = {}
         while True:
-            process, last = begin(grid, out, "--workers", "2"), killed >= options.kills
+            out = Path(folder, f"runs-{len(found)}")
+            process, last = begin(grid, out, "--workers", "2"), sum(map(len, found)) >= options.kills
             try:
-                said, _ = process.communicate(timeout=None if last else draw.uniform(0, usual))
+                said, _ = process.communicate(timeout=None if last else draw.uniform(0.1, 0.3) * usual)
                 assert process.returncode == 0, said
             except subprocess.TimeoutExpired:
                 end = os.killpg if draw.random() < 0.5 else os.kill
                 end(process.pid, signal.SIGKILL)
                 process.communicate()
-                killed += 1
             now = finished(out)
             assert before.items() <= now.items(), "a finished run was repeated"
             before = now
-            if process.returncode == 0:
+            if process.returncode != 0:
+                found[-1].append(len(now))
+                continue
+            pd.testing.assert_frame_equal(numbers(out), numbers(quiet))
+            if last:
                 break
-            left.append(len(now))
-        pd.testing.assert_frame_equal(numbers(out), numbers(quiet))
+            found.append([])
+            before = {}
+    done = "; then in a new folder: ".join(", ".join(map(str, each)) for each in found)
     return (
-        f"{killed} kills (seed {options.seed}) of a sweep of {len(before)} runs with two processes that takes "
-        f"{usual:.0f} s undisturbed; finished runs found after each: {', '.join(map(str, left))}. In the end every "
-        "result is there once and equal to the undisturbed sweep's, and none was written a second time."
+        f"{sum(map(len, found))} kills (seed {options.seed}) of a sweep of {len(now)} runs with two processes that takes "
+        f"{usual:.0f} s undisturbed; finished runs found after each: {done}. In the end every result is there once and "
+        "equal to the undisturbed sweep's, and none was written a second time."
     )
 
 

@@ -9,6 +9,7 @@ from sparselab import page, sweep
 from sparselab.cli import main
 from sparselab.experiment import FAILURE, RESULT
 from sparselab.figures.cost import trade_offs
+from sparselab.figures.found import found
 from sparselab.page import report
 from sparselab.parameters import ParameterError
 from sparselab.results import read_sweep
@@ -43,6 +44,20 @@ def test_the_page_has_all_runs_figures_failures_and_how_it_was_made(swept, small
     assert about["grid"]["method"] == ["magnitude", "wanda", "sparsegpt"]
     assert about["runs"] == 15
     assert about["versions"].keys() >= {"torch", "sparselab"}
+
+
+def test_layer_errors_are_drawn_where_there_is_no_perplexity_and_not_against_two_values_beside_more(small, tmp_path):
+    grid = small | {"percdamp": [0.01, 0.1, 1], "sparsity": [0.5, 0.6], "propagate": "dense", "measure": "errors"}
+    runs = sweep(grid, tmp_path, progress=False)
+    figures = list(found(runs))
+    assert [figure.axes[0].get_ylabel() for figure in figures] == ["relative layer error, mean over layers"] * 2
+    assert ["percdamp" in figure.axes[0].get_xlabel() for figure in figures] == [True, True]
+    [line] = [line for line in figures[0].axes[0].lines if line.get_label() == "sparsegpt"]
+    assert line.get_ydata() == pytest.approx(runs[runs.pattern == "50%"].relative_error)
+    two = list(found(runs[runs.percdamp < 1]))
+    assert len(two) == 4, "each against each"
+    page.write_report(tmp_path)
+    assert (tmp_path / "report.html").read_text(encoding="utf-8").count("<figure>") == 2
 
 
 def test_tables_are_the_results(swept):

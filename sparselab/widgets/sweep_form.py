@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ipywidgets import HTML, BoundedIntText, Button, Text
+from ipywidgets import HTML, BoundedIntText, Button, Layout, Text
 
 from sparselab import sweeps
 from sparselab.engines import Pool
@@ -18,6 +18,8 @@ from sparselab.results import failures, read_sweep
 from sparselab.widgets.job import Work
 from sparselab.widgets.panel import View, row
 from sparselab.widgets.working import WorkingPanel
+
+_LOOK: dict[str, Any] = {"style": {"description_width": "8em"}, "layout": Layout(width="21em")}  # for the longest name
 
 
 def view(out: Path) -> View:
@@ -62,10 +64,11 @@ class SweepForm(WorkingPanel):
                 placeholder=as_values(defaults[name]) if name in defaults else "",
                 description=name,
                 continuous_update=False,
+                **_LOOK,
             )
             for name in (*(name for name in RUN_PARAMETERS if name != "out"), EXCLUDE)
         }
-        self.workers = BoundedIntText(value=workers, min=1, max=64, description="workers")
+        self.workers = BoundedIntText(value=workers, min=1, max=64, description="workers", **_LOOK)
         self.plan_button = Button(
             description="Dry run", icon="list", tooltip="how many runs, how long, how much memory"
         )
