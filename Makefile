@@ -78,6 +78,7 @@ bench: $(VENV)/base ## measure anew what benchmarks/ records
 	$(BIN)/python benchmarks/streaming.py
 	$(BIN)/python benchmarks/ranks.py
 	$(BIN)/python benchmarks/kills.py --kills 25
+	$(BIN)/python benchmarks/sweeps.py
 
 clean: ## remove what make and the tests have made
 	rm -rf $(VENV) $(DEMO_OUT) .pytest_cache .mypy_cache .ruff_cache .hypothesis dist

@@ -143,9 +143,9 @@ def kills(options: argparse.Namespace) -> str:
             before = {}
     done = "; then in a new folder: ".join(", ".join(map(str, each)) for each in found)
     return (
-        f"{sum(map(len, found))} kills (seed {options.seed}) of a sweep of {len(now)} runs with two processes that takes "
-        f"{usual:.0f} s undisturbed; finished runs found after each: {done}. In the end every result is there once and "
-        "equal to the undisturbed sweep's, and none was written a second time."
+        f"{sum(map(len, found))} kills (seed {options.seed}) of a sweep of {len(now)} runs with two processes, which "
+        f"takes {usual:.0f} s undisturbed; finished runs found after each: {done}. In the end every result is there "
+        "once and equal to the undisturbed sweep's, and none was written a second time."
     )
 
 
