@@ -196,7 +196,8 @@ def test_a_run_shows_its_row_and_its_layer_errors(swept):
 
     kept = json.loads(next((swept / "runs").rglob(RESULT)).read_text(encoding="utf-8"))
     assert set(kept) == {
-        "model", "weights", "calibration_text", "evaluation_tokens", "measure", "version", "text", "row", "layers", "nll",
+        "model", "weights", "calibration_text", "evaluation_tokens", "measure", "version", "text", "row", "layers",
+        "nll",
     }  # fmt: skip
     tables = [output.data["text/html"] for output in shown(0) if "text/html" in output.get("data", {})]
     assert "relative_error" in tables[0]
