@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import median
 
@@ -32,21 +33,27 @@ def seconds(model: Path, ranks: int) -> float:
     return float(re.search(r"layer error [\d.]+, ([\d.]+) s", done.stdout)[1])
 
 
+def table(taken: Mapping[str, list[float]], what: str) -> str:
+    """Seconds of each case over rounds, as Markdown."""
+    rows = [f"| {name} | {median(each):.1f} | {min(each):.1f}–{max(each):.1f} |" for name, each in taken.items()]
+    return "\n".join([f"| {what} | s | lowest–highest |", "| --- | --- | --- |", *rows])
+
+
 def main() -> None:
     """Measure and write."""
-    taken: dict[int, list[float]] = {1: [], 2: []}
+    taken: dict[str, list[float]] = {"1": [], "2": []}
     with tempfile.TemporaryDirectory() as folder:
         streaming.make(Path(folder, "model"), BLOCKS)
         for _ in range(ROUNDS):
             for ranks, times in taken.items():
-                times.append(seconds(Path(folder, "model"), ranks))
+                times.append(seconds(Path(folder, "model"), int(ranks)))
     one, two = (median(times) for times in taken.values())
-    lines = ["| processes of one thread | s | lowest–highest |", "| --- | --- | --- |"]
-    lines += [f"| {n} | {median(times):.1f} | {min(times):.1f}–{max(times):.1f} |" for n, times in taken.items()]
     text = (
         f"{time.strftime('%Y-%m-%d')}, `python benchmarks/ranks.py`: a random Llama of {BLOCKS} blocks, hidden size "
         f"{streaming.SHAPE['hidden_size']}, {WINDOWS[0]} × {WINDOWS[1]} tokens, SparseGPT 50%, gloo; medians of "
-        f"{ROUNDS} runs in turns\n\n" + "\n".join(lines) + f"\n\nTwo are {one / two:.2f} times as fast as one.\n"
+        f"{ROUNDS} runs in turns\n\n"
+        + table(taken, "processes of one thread")
+        + f"\n\nTwo are {one / two:.2f} times as fast as one.\n"
     )
     (HERE / "ranks.md").write_text(text, encoding="utf-8")
     print(text)

@@ -24,6 +24,7 @@ from statistics import median
 from typing import Any
 
 import pandas as pd
+from ranks import table
 
 from sparselab.experiment import RESULT
 from sparselab.results import read_sweep
@@ -58,33 +59,26 @@ def seconds(grid: Mapping[str, Any], out: Path, *more: str) -> float:
     return time.monotonic() - began
 
 
-def in_turns(cases: Mapping[str, Callable[[Path], float]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each case, round by round, each in a new folder."""
+def in_turns(what: str, cases: Mapping[str, Callable[[Path], float]], about: str, rounds: int) -> str:
+    """Two cases, round by round, each in a new folder: a table of seconds, and the second over the first."""
     taken: dict[str, list[float]] = {name: [] for name in cases}
     for _ in range(rounds):
         for name, case in cases.items():
             with tempfile.TemporaryDirectory() as folder:
                 taken[name].append(case(Path(folder, "runs")))
-    return taken
-
-
-def table(taken: Mapping[str, list[float]], what: str) -> str:
-    """As Markdown."""
-    rows = [f"| {name} | {median(each):.1f} | {min(each):.1f}–{max(each):.1f} |" for name, each in taken.items()]
-    return "\n".join([f"| {what} | s | lowest–highest |", "| --- | --- | --- |", *rows])
+    first, second = (median(each) for each in taken.values())
+    return (
+        f"{about}, the whole command; medians of {rounds} in turns\n\n{table(taken, what)}\n\n"
+        f"The second takes {second / first:.2f} times as long as the first."
+    )
 
 
 def workers(options: argparse.Namespace) -> str:
     """One process beside two."""
     grid = CURVES | {"nsamples": 64, "eval_nsamples": 200, "measure": "perplexity"}
     cases = {str(count): lambda out, count=count: seconds(grid, out, "--workers", str(count)) for count in (1, 2)}
-    taken = in_turns(cases, options.rounds)
-    one, two = (median(each) for each in taken.values())
-    return (
-        f"60 runs ({', '.join(METHODS)} × 5 sparsities × 4 seeds; 64 calibration and 200 evaluation windows, "
-        f"perplexity measured), the whole command; medians of {options.rounds} in turns\n\n"
-        f"{table(taken, 'processes of one thread')}\n\nTwo take {two / one:.2f} times as long as one."
-    )
+    about = f"60 runs ({', '.join(METHODS)} × 5 sparsities × 4 seeds; 64 calibration and 200 evaluation windows)"
+    return in_turns("processes of one thread", cases, f"{about}, perplexity measured", options.rounds)
 
 
 def damping(options: argparse.Namespace) -> str:
@@ -93,13 +87,8 @@ def damping(options: argparse.Namespace) -> str:
         str(len(values)): lambda out, values=values: seconds(DAMPING | {"percdamp": values}, out)
         for values in ([0.01], PERCDAMPS)
     }
-    taken = in_turns(cases, options.rounds)
-    one, thirty = (median(each) for each in taken.values())
-    return (
-        f"Layer errors of SparseGPT at 50% on the dense model's inputs, one process of one thread, the whole command; "
-        f"medians of {options.rounds} in turns\n\n{table(taken, 'dampings')}\n\n"
-        f"Thirty take {thirty / one:.2f} times as long as one."
-    )
+    about = "Layer errors of SparseGPT at 50% on the dense model's inputs, one process of one thread"
+    return in_turns("dampings", cases, about, options.rounds)
 
 
 def finished(out: Path) -> dict[Path, int]:
@@ -173,7 +162,9 @@ BARS = {bar.__name__: bar for bar in (workers, damping, kills, dask)}
 def main() -> None:
     """Measure, and write if it was everything."""
     parser = argparse.ArgumentParser(description="Measure sweeps.")
-    parser.add_argument("bars", nargs="*", choices=[*BARS, []], help=f"some of {', '.join(BARS)} (default: all)")
+    parser.add_argument(
+        "bars", nargs="*", metavar="BAR", choices=[*BARS, []], help=f"some of {', '.join(BARS)} (default: all)"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--seed", type=int, default=int(time.time()))

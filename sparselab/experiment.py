@@ -292,7 +292,7 @@ class Workbench:
             ValueError: it is not measured here.
             SingularHessianError: the run failed.
         """
-        if not self._measures("perplexity"):
+        if "perplexity" not in self.measure:
             raise ValueError(f"perplexity: expected a workbench that measures it, received one of {self.measure!r}")
         result = self.run(config, progress)
         if result.row["failure"]:
@@ -319,8 +319,8 @@ class Workbench:
         return difference(*pair)
 
     def _compute(self, config: RunConfig, progress: Progress) -> Result:
-        dense = self.dense if self._measures("perplexity") else None  # of the model as it is now, which is dense
-        reference = self.reference if self._measures("errors") else {}
+        dense = self.dense if "perplexity" in self.measure else None  # of the model as it is now, which is dense
+        reference = self.reference if "errors" in self.measure else {}
         calib: Any = self._collected.get((config.nsamples, config.seed)) if config.propagate == "dense" else None
         if calib is None:
             calib = self.calibration(config.nsamples, config.seed)
@@ -332,7 +332,7 @@ class Workbench:
         ppl = perplexity(self.model, self.held_out, progress=progress) if dense is not None else None
         layers = report.layers[["block", "layer", "sparsity"]]
         layers = layers.merge(self._errors(reference), "left", _LAYER)
-        if self._measures("gap"):
+        if "gap" in self.measure:
             calib = self.calibration(config.nsamples, config.seed)
             found = layer_quality(self.model, self._dense_weights, calib, progress=progress)
             layers = layers.merge(found[[*_LAYER, *_QUALITY]], "left", _LAYER)
@@ -340,9 +340,6 @@ class Workbench:
         about = {"method": config.method, "pattern": config.sparsity, "seed": config.seed}
         rows: Any = layers.assign(**about).to_dict("records")
         return Result(_row(config, report, ppl, dense, layers), rows, [] if ppl is None else ppl.nll.tolist())
-
-    def _measures(self, what: str) -> bool:
-        return what in self.measure.split("+")
 
     def _errors(self, reference: Collected) -> pd.DataFrame:
         """Relative errors of all layers of the model as it is now, on the dense model's inputs."""
@@ -410,16 +407,13 @@ def _row(
     quality = dict.fromkeys(("perplexity", "stderr", "ratio"), math.nan)
     if ppl is not None and dense is not None:
         quality = {"perplexity": float(ppl), "stderr": ppl.stderr, "ratio": float(ppl) / float(dense)}
-    return (
-        _described(config)
-        | {"sparsity": report.sparsity}
-        | quality
-        | {
-            "relative_error": float(layers.relative_error.mean()),
-            "calibration_error": float(layers.calibration_error.mean()),
-            "optimality_gap": float(np.exp(np.log(layers.optimality_gap).mean())),
-            "seconds": report.seconds,
-            "peak_memory_mb": report.peak_memory / 1e6,
-            "failure": "",
-        }
-    )
+    return _described(config) | {
+        "sparsity": report.sparsity,
+        **quality,
+        "relative_error": float(layers.relative_error.mean()),
+        "calibration_error": float(layers.calibration_error.mean()),
+        "optimality_gap": float(np.exp(np.log(layers.optimality_gap).mean())),
+        "seconds": report.seconds,
+        "peak_memory_mb": report.peak_memory / 1e6,
+        "failure": "",
+    }
