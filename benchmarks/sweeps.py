@@ -75,9 +75,9 @@ def in_turns(what: str, cases: Mapping[str, Callable[[Path], float]], about: str
 
 def workers(options: argparse.Namespace) -> str:
     """One process beside two."""
-    grid = CURVES | {"nsamples": 64, "eval_nsamples": 200, "measure": "perplexity"}
+    grid = CURVES | QUICK | {"measure": "perplexity"}
     cases = {str(count): lambda out, count=count: seconds(grid, out, "--workers", str(count)) for count in (1, 2)}
-    about = f"60 runs ({', '.join(METHODS)} × 5 sparsities × 4 seeds; 64 calibration and 200 evaluation windows)"
+    about = f"60 runs ({', '.join(METHODS)} × 5 sparsities × 4 seeds; 16 calibration and 40 evaluation windows)"
     return in_turns("processes of one thread", cases, f"{about}, perplexity measured", options.rounds)
 
 

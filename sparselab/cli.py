@@ -154,9 +154,10 @@ def _sweep(options: argparse.Namespace) -> None:
         if options.dry_run:
             _say(str(sweeps.plan(options.grid, options.out, engine, template=template, retry=options.retry)))
             return
-        how = {"template": template, "retry": options.retry, "tell": _say, "watch": page.Renewed(options.out, _say)}
-        table = sweeps.sweep(options.grid, options.out, engine, **how)
-    _say(f"{len(table)} runs in {options.out}; look at {page.write_report(options.out)[0]}")
+        with page.Renewed(options.out, _say) as watch:
+            how = {"template": template, "retry": options.retry, "tell": _say, "watch": watch}
+            table = sweeps.sweep(options.grid, options.out, engine, **how)
+    _say(f"{len(table)} runs in {options.out}; look at {Path(options.out) / page.PAGE}")
     if failed := int((table.failure != "").sum()):
         raise SparselabError(
             f"{failed} of {len(table)} runs have failed; what ended in an error is done again with --retry"

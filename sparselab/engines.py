@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor
 from contextlib import contextmanager, nullcontext
+from importlib import import_module
 from multiprocessing import connection
 from typing import Any, TypeVar
 
@@ -41,14 +42,14 @@ class Pool(ProcessPoolExecutor):
     """
 
     def __init__(self, workers: int) -> None:
-        before = set(multiprocessing.active_children())
-        share = max(1, (os.cpu_count() or 1) // workers)
+        share = max(1, min(torch.get_num_threads(), (os.cpu_count() or 1) // workers))
         super().__init__(workers, multiprocessing.get_context("spawn"), _settle, (share,))
-        self._not_ours = before
+        for _ in range(workers):  # all begin now, not each when there is work for it
+            self.submit(import_module, "sparselab.worker")
 
     def kill(self) -> None:
         """End at once, whatever is under way."""
-        for process in set(multiprocessing.active_children()) - self._not_ours:
+        for process in list((self._processes or {}).values()):  # from Python 3.14 on there is `kill_workers`
             process.kill()
         self.shutdown(cancel_futures=True)
 
@@ -134,8 +135,12 @@ def dask_executor(scheduler: str, workers: int = 1) -> Iterator[Executor]:
                 f"scheduler: expected the address of a Dask scheduler, as tcp://host:8786, received {scheduler!r} "
                 f"({error or 'no answer'})"
             ) from error
-        with client, client.get_executor() as executor:
-            yield executor
+        with client:
+            executor = client.get_executor(pure=False)  # what it does, it does on disk
+            try:
+                yield executor
+            finally:
+                executor.shutdown(wait=False)  # what has not been begun is not to be, nobody waits for it
 
 
 @contextmanager

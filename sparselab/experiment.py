@@ -140,7 +140,8 @@ class Result:
         row: method, pattern, percdamp, blocksize, nsamples, seed, propagate; sparsity (realised), perplexity, stderr,
             ratio (to dense), relative_error and calibration_error (means over layers), optimality_gap (geometric mean
             over layers), seconds and peak_memory_mb (of calibration and solve, besides the model); failure, "" unless
-            a Hessian could not be factored, and then nothing is measured. NaN is what was not to be measured.
+            a Hessian could not be factored, or an error ended it, and then nothing is measured. NaN is what was not to
+            be measured.
         layers: a row a layer: method, pattern, seed, block, layer, sparsity, relative_error, calibration_error,
             optimality_gap, residual; see `Workbench`.
         nll: loss of each held-out window, see `Perplexity`; none after a failure, or if it was not measured.
@@ -265,6 +266,8 @@ class Workbench:
             ValueError, SparselabError: see `prune` and `perplexity`. A Hessian that cannot be factored does not
             raise: it is a result, with the reason in `failure`.
         """
+        if self.folder is not None:
+            self._path(self.folder, config).with_name(FAILURE).unlink(missing_ok=True)  # of an earlier time
         if (known := self.finished(config)) is not None:
             return known
         try:

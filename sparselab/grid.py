@@ -29,7 +29,8 @@ class Grid:
         values: of each parameter.
         runs: the runs, none twice, in the order of the grid: the last parameter changes first.
         excluded: combinations that were left out because the grid says so.
-        same: combinations that are another one's run: "50%" beside 0.5, or other seeds of a method that reads no text.
+        same: combinations that are another one's run: "50%" beside 0.5, or other seeds of a method that reads no text
+            (what is measured of it on calibration windows is measured on those of the first).
     """
 
     given: Mapping[str, Any]
@@ -89,12 +90,13 @@ def read_values(name: str, text: str) -> list[Any]:
 
 def as_values(value: Any) -> str:
     """One value, or several in a list, as `read_values` takes them."""
-    return _in_a_line(list(value) if isinstance(value, list | tuple) else [value])[1:-1]
+    return _in_a_line(list(value) if _is_list(value) else [value])[1:-1]
 
 
 def as_yaml(grid: Mapping[str, Any]) -> str:
     """A grid as a file of it is written."""
-    return "".join(f"{name}: {_in_a_line([value])[1:-1]}\n" for name, value in grid.items())
+    plain = {name: list(value) if _is_list(value) else value for name, value in grid.items()}
+    return "".join(f"{name}: {_in_a_line([value])[1:-1]}\n" for name, value in plain.items())
 
 
 def _yaml() -> YAML:
@@ -137,14 +139,20 @@ def _expanded(described: Any, out: str | Path) -> Grid:
     combined = [dict(zip(values, point, strict=True)) for point in product(*values.values())]
     points = [checked_run({**each, "out": str(out)}) for each in combined]
     kept = _without(points, described.get(EXCLUDE))
-    runs = tuple(dict.fromkeys(_standing_for(point, values.get("seed", [])) for point in kept))
+    runs: dict[SweepRun, SweepRun] = {}
+    for point in kept:
+        runs.setdefault(_without_seed(point), point)
     if not runs:
         raise ParameterError(f"{EXCLUDE}: expected to leave some runs, it leaves none")
-    return Grid(described, values, runs, len(points) - len(kept), len(kept) - len(runs))
+    return Grid(described, values, tuple(runs.values()), len(points) - len(kept), len(kept) - len(runs))
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)
 
 
 def _several(name: object, value: Any) -> list[Any]:
-    values = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+    values = list(value) if _is_list(value) else [value]
     if not values:
         raise ParameterError(f"{name}: expected at least one value, received none")
     if nested := [each for each in values if isinstance(each, Mapping | list)]:
@@ -180,8 +188,6 @@ def _fits(point: SweepRun, wanted: dict[str, list[Any]]) -> bool:
     return all(known[name] in values for name, values in wanted.items())
 
 
-def _standing_for(point: SweepRun, seeds: list[int]) -> SweepRun:
-    """The run whose result this one has too: of a method that reads no calibration text, that of the first seed."""
-    if find(point.run.method).needs != "nothing":
-        return point
-    return replace(point, run=replace(point.run, seed=[*seeds, point.run.seed][0]))
+def _without_seed(point: SweepRun) -> SweepRun:
+    """What tells a run from others: of a method that reads no calibration text, the seed does not."""
+    return point if find(point.run.method).needs != "nothing" else replace(point, run=replace(point.run, seed=0))

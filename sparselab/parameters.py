@@ -153,7 +153,7 @@ def _assigned(cells: Sequence[str]) -> list[str]:
 
 
 def _nearest(name: str, known: Mapping[str, Any]) -> str:
-    close = difflib.get_close_matches(name, known, 1)
+    close = difflib.get_close_matches(str(name), known, 1)  # YAML has names that are numbers
     return f"; did you mean {close[0]}?" if close else ""
 
 

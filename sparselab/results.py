@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import pandas as pd
 
@@ -74,7 +74,7 @@ def read_runs(folders: Iterable[Path]) -> pd.DataFrame:
     names = [*results.columns, *TEXT_COLUMNS, *SETTING_COLUMNS, *_MEASURED]
     results = results.reindex(columns=list(dict.fromkeys(names))).sort_values([*SETTING_COLUMNS, "seed"])
     order = {method: number for number, method in enumerate(METHODS)}
-    by_mask = results.method.str.partition("+")[0].map(order)
+    by_mask = results.method.str.partition("+")[0].map(lambda mask: order.get(mask, len(order)))
     return results.iloc[by_mask.argsort(kind="stable")].reset_index(drop=True)
 
 
@@ -102,7 +102,7 @@ def failures(results: pd.DataFrame) -> list[str]:
 
 def _kept(folder: Path) -> Path | None:
     """The file that says what came of a run."""
-    return next((path for name in (RESULT, FAILURE) if (path := folder / name).is_file()), None)
+    return next((path for name in (FAILURE, RESULT) if (path := folder / name).is_file()), None)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -137,6 +137,7 @@ class Panel:
 
 
 Varied = Literal["sparsity", "percdamp", "nsamples"]
+VARIED: tuple[Varied, ...] = get_args(Varied)
 
 
 def column_of(x: str) -> str:

@@ -1,69 +1,32 @@
 """Sweeps: every run of a grid, done once, by whoever is there to do it, and kept on disk as soon as it is finished."""
 
 import json
-import threading
-from collections.abc import Callable, Iterator, Sequence
+import uuid
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, wait
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import lru_cache
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import pandas as pd
-import psutil
 from filelock import FileLock, Timeout
 
 from sparselab import estimates, files
 from sparselab.engines import Engine, Workers
 from sparselab.errors import LostWorkerError, OutputError
-from sparselab.experiment import FAILURE, RESULT, TextConfig, Workbench, keep_failure, run_folder
+from sparselab.experiment import keep_failure, run_folder
 from sparselab.grid import Given, Grid, read_grid
 from sparselab.manifest import machine_record
 from sparselab.methods import find
-from sparselab.models import load
 from sparselab.parameters import SweepRun
 from sparselab.progress import Progress, tracked
 from sparselab.results import read_failure, read_runs
+from sparselab.worker import Job, Survey, do, in_common, is_done, survey, workbench
 
-PARTIAL_NOTEBOOK, NOTEBOOK = "run.partial.ipynb", "run.ipynb"
 ABOUT = "sweep.json"
 _LOCK = ".lock"
-_NO_WARNINGS = "--IPKernelApp.log_level=ERROR"  # of a kernel that talks to its own machine without encryption
-_one_at_a_time = threading.Lock()  # a worker of several threads has one model all the same
 _SECONDS_BETWEEN_LOOKS = 0.5
 _MOST_LOSSES = 3  # times in a row that processes may be lost without a single job having been finished
-
-
-@dataclass(frozen=True)
-class Job:
-    """What a worker does in one go: one run, or several that share statistics.
-
-    Args:
-        runs: of one model on one text.
-        identity: of these, see `Workbench`.
-        template: the notebook that does each; None does without.
-    """
-
-    runs: tuple[SweepRun, ...]
-    identity: dict[str, str]
-    template: Path | None = None
-
-
-class Survey(NamedTuple):
-    """What a worker knows once a model and its text are open.
-
-    Args:
-        identity: see `Workbench`.
-        seconds: of one window through the model.
-        nbytes: memory of the worker.
-        statistics: memory of the statistics of all layers.
-    """
-
-    identity: dict[str, str]
-    seconds: float
-    nbytes: int
-    statistics: int
 
 
 @dataclass(frozen=True)
@@ -89,7 +52,7 @@ class Plan:
     @property
     def todo(self) -> int:
         """Runs that are left."""
-        return sum(len(job.runs) for job in self.jobs)
+        return sum(len(job.folders) for job in self.jobs)
 
     def __str__(self) -> str:
         """For the screen."""
@@ -117,7 +80,8 @@ def sweep(
     """Do every run of a grid that is not done yet.
 
     Each is kept in a folder of its own as soon as it is finished, named by a hash of its settings, model, texts and
-    version. Whatever ends the sweep, the same call goes on with what is left; a run that fails stops no other.
+    version. Whatever ends the sweep, the same call goes on with what is left; a run that fails stops no other, nor
+    does one that ends the process of its worker, if it does so alone again.
 
     Runs with `propagate="dense"` that differ in method, pattern, damping or number of windows share the statistics of
     one pass, if they are done without notebooks.
@@ -131,28 +95,34 @@ def sweep(
         template: a notebook that papermill runs for each run and keeps beside its result: `notebooks/sweep_run.ipynb`,
             or one with the same parameters; None does without.
         retry: also do again what has failed before.
-        progress: a bar over runs, see `sparselab.progress`; a function is also called now and then while workers are
-            busy, so that what it raises ends the sweep at once.
+        progress: a bar over runs, see `sparselab.progress`; a function is also called now and then while other
+            processes are busy, with (0, 0) as long as it is not known what is to be done, so that what it raises ends
+            the sweep at once.
         tell: called with a line about what is to be done, and about each run that has failed.
-        watch: called with (runs done, runs in all that were to do) whenever there are new results in `out`.
+        watch: called with (runs done, runs in all that were to do) before the first, and whenever there are new
+            results in `out`.
 
     Returns:
         A row a run of the grid, done or failed; see `Result`.
 
     Raises:
         ParameterError: see `read_grid`.
-        OutputError: another sweep writes to `out`, or a worker finds another model or text than this process.
+        OutputError: another sweep writes to `out`.
         ModelLoadError, ValueError: a model or a text cannot be opened.
-        LostWorkerError: processes end again and again.
+        LostWorkerError: processes end again and again, whatever they do.
     """
     with _opened(grid, out, executor, template) as (wanted, workers, notebook), _alone(Path(out)):
-        planned = _planned(wanted, workers, notebook, retry)
+        planned = _planned(wanted, workers, notebook, retry, progress)
         for line in (planned, *(f"{point}: {why}" for point, why in planned.failed.items())):
             tell(str(line))
         _say_what_it_is(planned, Path(out))
-        with tracked(progress, planned.todo, "sweep", "run") as advance:
+        watch(0, planned.todo)
+        with (
+            tracked(progress, planned.todo, "sweep", "run") as advance,
+            closing(_do_all(planned, workers, tell)) as ended,
+        ):
             done = 0
-            for runs in _do_all(planned, workers, tell):
+            for runs in ended:
                 advance(runs)
                 if runs:
                     done += runs
@@ -167,90 +137,14 @@ def plan(
     *,
     template: str | Path | None = None,
     retry: bool = False,
+    progress: Progress = False,
 ) -> Plan:
     """What `sweep` would do: models and texts are opened and the dense ones measured, but nothing is pruned.
 
     Args, Raises: see `sweep`.
     """
     with _opened(grid, out, executor, template) as (wanted, workers, notebook):
-        return _planned(wanted, workers, notebook, retry)
-
-
-def survey(point: SweepRun) -> Survey:
-    """Open a model and its text in a worker, and measure there what all runs need, unless it is kept already."""
-    with _one_at_a_time:
-        bench = _bench(*_shared(point))
-        if "perplexity" in point.measure:
-            float(bench.dense)
-        seconds = estimates.seconds_per_window(bench.model, point.text.seqlen)
-        statistics = estimates.statistics_nbytes(bench.model, bench.held_out)
-    return Survey(bench.identity, seconds, psutil.Process().memory_info().rss, statistics)
-
-
-def do(job: Job) -> None:
-    """Do runs in a worker; each leaves its result, or its failure, on disk."""
-    with _one_at_a_time:
-        _do(job)
-
-
-def _do(job: Job) -> None:
-    waiting = [point for point in job.runs if not _done(_folder(job, point), job.template)]
-    if not job.template and waiting:
-        bench = _same_bench(job)
-        if len(waiting) > 1:
-            bench.collect(sorted({point.run.nsamples for point in waiting}), waiting[0].run.seed)
-    for point in waiting:
-        folder = _folder(job, point)
-        try:
-            if job.template:
-                _in_notebook(job.template, folder, point)
-            else:
-                bench.run(point.run)
-            (folder / FAILURE).unlink(missing_ok=True)
-        except Exception as error:  # whatever it is, the other runs go on
-            keep_failure(folder, job.identity, point.text, point.run, error)
-    if not job.template and waiting:
-        bench.forget_collected()
-
-
-@lru_cache(maxsize=1)
-def _bench(model: str, text: TextConfig, measure: str, out: Path) -> Workbench:
-    """The one that this process was asked for last."""
-    return Workbench(*load(model), model, text, out, measure)
-
-
-def _shared(point: SweepRun) -> tuple[str, TextConfig, str, Path]:
-    """What runs of one workbench have in common."""
-    return point.model, point.text, point.measure, point.out
-
-
-def _same_bench(job: Job) -> Workbench:
-    """Of the job's model and text, which have to be those that the sweep speaks of."""
-    first = job.runs[0]
-    bench = _bench(*_shared(first))
-    if differing := [name for name, value in bench.identity.items() if job.identity[name] != value]:
-        raise OutputError(
-            f"{first.model}: {differing[0]} is another in this worker than where the sweep was planned; give "
-            "all workers the same files, Python and packages"
-        )
-    return bench
-
-
-def _in_notebook(template: Path, folder: Path, point: SweepRun) -> None:
-    """Run the notebook, which keeps the result; what it has come to can be looked at meanwhile."""
-    import papermill
-
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / PARTIAL_NOTEBOOK
-    try:
-        papermill.execute_notebook(
-            template, partial, point.parameters, progress_bar=False, extra_arguments=[_NO_WARNINGS]
-        )
-    except papermill.exceptions.PapermillExecutionError as error:
-        raise RuntimeError(f"{error.ename}: {error.evalue}") from None  # its own text is the whole cell in colours
-    if not (folder / RESULT).is_file():
-        raise OutputError(f"{template}: expected to keep {folder / RESULT}, which is not there; see {partial}")
-    partial.replace(folder / NOTEBOOK)
+        return _planned(wanted, workers, notebook, retry, progress)
 
 
 @contextmanager
@@ -270,7 +164,7 @@ def _opened(
     else:
         workers.stop()
     finally:
-        _bench.cache_clear()
+        workbench.cache_clear()
 
 
 @contextmanager
@@ -284,22 +178,23 @@ def _alone(out: Path) -> Iterator[None]:
         raise OutputError(f"{out}: another sweep writes to it; wait, or choose another --out") from None
 
 
-def _planned(grid: Grid, workers: Workers, template: Path | None, retry: bool) -> Plan:
+def _planned(grid: Grid, workers: Workers, template: Path | None, retry: bool, progress: Progress) -> Plan:
     """Ask a worker about each model on each text, and look on disk."""
+    sweep = uuid.uuid4().hex
     folders: dict[SweepRun, Path] = {}
     failed: dict[SweepRun, str] = {}
     jobs: list[Job] = []
     seconds, nbytes = 0.0, 0
     for points in _grouped(grid.runs):
-        known = workers.submit(survey, points[0]).result()
+        known = _surveyed(workers, sweep, points[0], progress)
         here = {point: run_folder(point.out, known.identity, point.text, point.run) for point in points}
-        waiting = [point for point, folder in here.items() if not _done(folder, template)]
+        waiting = [point for point, folder in here.items() if not is_done(folder, template)]
         errors = {} if retry else {point: read_failure(here[point]) for point in waiting}
         failed |= {point: error for point, error in errors.items() if error}
         todo = [point for point in waiting if point not in failed]
         folders |= here
         for some in _sharing(todo, template):
-            jobs.append(Job(tuple(some), known.identity, template))
+            jobs.append(Job(sweep, {point: here[point] for point in some}, known.identity, template))
             runs, shared = [point.run for point in some], len(some) > 1
             seconds += known.seconds * estimates.windows_passed(
                 runs, points[0].text.eval_nsamples, points[0].measure, shared
@@ -309,11 +204,29 @@ def _planned(grid: Grid, workers: Workers, template: Path | None, retry: bool) -
     return Plan(grid, folders, failed, tuple(jobs), seconds, nbytes)
 
 
+def _surveyed(workers: Workers, sweep: str, point: SweepRun, progress: Progress) -> Survey:
+    """Ask a worker, and another one if the first is lost."""
+    for _ in range(_MOST_LOSSES):
+        asked = workers.submit(survey, sweep, point)
+        try:
+            while not wait([asked], _SECONDS_BETWEEN_LOOKS).done:
+                if callable(progress):
+                    progress(0, 0)
+        finally:
+            asked.cancel()  # nobody waits for it any more
+        if not isinstance(asked.exception(), BrokenExecutor):
+            return asked.result()
+        if not workers.renewable:
+            break
+        workers.stop(at_once=True)
+    raise LostWorkerError(f"{point.model}: the process that was to open it has ended, as when memory is short")
+
+
 def _grouped(runs: Sequence[SweepRun]) -> list[list[SweepRun]]:
     """Those of one workbench together."""
     groups: dict[object, list[SweepRun]] = {}
     for point in runs:
-        groups.setdefault(_shared(point), []).append(point)
+        groups.setdefault(in_common(point), []).append(point)
     return list(groups.values())
 
 
@@ -335,65 +248,91 @@ def _say_what_it_is(planned: Plan, out: Path) -> None:
     files.write_text(out / ABOUT, json.dumps(about, indent=1, default=str) + "\n")
 
 
-def _do_all(planned: Plan, workers: Workers, tell: Callable[[str], object]) -> Iterator[int]:
-    """Have all jobs done, those of lost processes once more; gives the runs of each that is done, or 0 meanwhile."""
-    waiting, losses = list(planned.jobs), 0
+def _do_all(planned: Plan, workers: Workers, tell: Callable[[str], object]) -> Generator[int, None, None]:
+    """Have all jobs done; gives the runs of each that has come to an end, or 0 meanwhile.
+
+    Jobs of lost processes are done again: together, as long as some of them are finished, then one at a time. One of
+    several runs that loses its process alone is taken apart; a run that does, where another was finished, has failed.
+    """
+    waiting, alone, losses, some_done = list(planned.jobs), False, 0, False
     while waiting:
+        tried, waiting = (waiting[:1], waiting[1:]) if alone else (waiting, [])
         lost: list[Job] = []
-        for job, future in _as_done(waiting, workers):
-            if future is None:
-                yield 0
-                continue
-            error = future.exception()
-            if isinstance(error, BrokenExecutor):
-                lost.append(job)
-                continue
-            for point in job.runs:
-                folder = planned.folders[point]
-                if error and not _done(folder, job.template):
-                    keep_failure(folder, job.identity, point.text, point.run, error)
-                if why := read_failure(folder):
-                    tell(f"{point}: {why}")
-            yield len(job.runs)
-        losses = 0 if len(lost) < len(waiting) else losses + 1
-        if lost and (losses == _MOST_LOSSES or not workers.renewable):
+        for runs in _round(tried, workers, tell, lost):
+            some_done |= runs > 0
+            yield runs
+        losses = losses + 1 if len(lost) == len(tried) else 0
+        if lost and not workers.renewable:
             raise LostWorkerError(_about_losses(lost))
         if lost:
             workers.stop(at_once=True)
-        waiting = lost
+        if lost and alone:
+            [job] = lost
+            if len(job.folders) > 1:
+                losses, lost = 0, _apart(job)
+            elif some_done:
+                losses, lost = 0, []
+                yield _settled(job, LostWorkerError("its process has ended twice, as when memory is short"), tell)
+        if losses == _MOST_LOSSES:
+            raise LostWorkerError(_about_losses([*waiting, *lost]))
+        alone, waiting = losses > 0, [*waiting, *lost]
 
 
-def _as_done(jobs: Sequence[Job], workers: Workers) -> Iterator[tuple[Job, "Future[None] | None"]]:
-    """Each job when it is finished, in whatever order, and now and then one that is not, without its future.
+def _round(
+    jobs: Sequence[Job], workers: Workers, tell: Callable[[str], object], lost: list[Job]
+) -> Generator[int, None, None]:
+    """Have each job tried once; like `_do_all`, but jobs of lost processes are put into a list."""
+    for ended in _as_done(jobs, workers):
+        if ended is None:
+            yield 0
+        elif isinstance(ended[1], BrokenExecutor):
+            lost.append(ended[0])
+        else:
+            yield _settled(*ended, tell)
 
-    This process does jobs as they are submitted.
+
+def _as_done(jobs: Sequence[Job], workers: Workers) -> Iterator[tuple[Job, BaseException | None] | None]:
+    """Each job when it has come to an end, with what it raised, in whatever order; and None now and then meanwhile.
+
+    This process does jobs as they are submitted. Those that nobody waits for any more are not begun.
     """
     under_way: dict[Future[None], Job] = {}
-    for job in jobs:
-        future = workers.submit(do, job)
-        if future.done():
-            yield job, future
-        else:
-            under_way[future] = job
-    while under_way:
-        finished, _ = wait(under_way, _SECONDS_BETWEEN_LOOKS, FIRST_COMPLETED)
-        for future in finished:
-            yield under_way.pop(future), future
-        if not finished:
-            yield next(iter(under_way.values())), None
+    try:
+        for job in jobs:
+            future = workers.submit(do, job)
+            if future.done():
+                yield job, future.exception()
+            else:
+                under_way[future] = job
+        while under_way:
+            finished, _ = wait(under_way, _SECONDS_BETWEEN_LOOKS, FIRST_COMPLETED)
+            for future in finished:
+                yield under_way.pop(future), future.exception()
+            if not finished:
+                yield None
+    finally:
+        for future in under_way:
+            future.cancel()
+
+
+def _settled(job: Job, error: BaseException | None, tell: Callable[[str], object]) -> int:
+    """Keep and tell what has failed of a job that has come to an end; its number of runs."""
+    for point, folder in job.folders.items():
+        if error and not is_done(folder, job.template):
+            keep_failure(folder, job.identity, point.text, point.run, error)
+        if why := read_failure(folder):
+            tell(f"{point}: {why}")
+    return len(job.folders)
+
+
+def _apart(job: Job) -> list[Job]:
+    """A job for each run."""
+    return [replace(job, folders={point: folder}) for point, folder in job.folders.items()]
 
 
 def _about_losses(lost: Sequence[Job]) -> str:
-    runs = sum(len(job.runs) for job in lost)
+    left = [point for job in lost for point in job.left]
     return (
-        f"processes have ended before they were done, as when memory is short; {runs} runs are left, of which "
-        f"{lost[0].runs[0]} was under way or next. Take fewer workers, or leave that run out; the same command goes on"
+        f"processes have ended before they were done, as when memory is short; {len(left)} runs are left, as "
+        f"{left[0]}. Take fewer workers, or leave such runs out; the same command goes on"
     )
-
-
-def _folder(job: Job, point: SweepRun) -> Path:
-    return run_folder(point.out, job.identity, point.text, point.run)
-
-
-def _done(folder: Path, template: Path | None) -> bool:
-    return (folder / RESULT).is_file() and (template is None or (folder / NOTEBOOK).is_file())

@@ -51,6 +51,7 @@ _CHECKED = (
         "results",
         "grid",
         "sweeps",
+        "worker",
         "engines",
         "estimates",
         "samples",
@@ -175,7 +176,7 @@ def small(tmp_path_factory, tokenizer):
 
 @pytest.fixture(scope="session")
 def sweep(tmp_path_factory):
-    """The table that problem set 3 asks for, as `sweep_run.ipynb` makes it, but for layer errors."""
+    """The table that problem set 3 asks for, as a sweep makes it."""
     from sparselab.course.handed_in import FIXED, METHODS, SEEDS
     from sparselab.experiment import RunConfig, TextConfig, Workbench
     from sparselab.results import read_sweep

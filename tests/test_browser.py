@@ -1,5 +1,6 @@
 """The labs as a student uses them: a real JupyterLab on a free port, a real browser, a mouse and a keyboard."""
 
+import os
 import re
 import secrets
 import shutil
@@ -51,6 +52,7 @@ def lab(tmp_path_factory):
         "PATH": str(Path(sys.executable).parent) + ":/usr/bin:/bin",
         "HOME": str(home),
         "PYTHONPATH": str(ROOT),
+        **{name: value for name, value in os.environ.items() if name.startswith("OMP_")},  # see conftest
     }
     with (
         (home / "server.log").open("wb") as log,

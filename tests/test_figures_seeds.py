@@ -91,7 +91,7 @@ def test_failures_are_marked_on_the_top_edge_and_left_out_of_the_mean():
     assert crosses == [[[0, 1]], [[0.001, 1]]]
     assert texts(figure) == ["failed", "1 of 2 failed"]
     assert [each for each in line(figure, "sparsegpt") if each[1] == each[1]] == [[0.001, 15], [0.01, 15.5]]
-    assert "Hessian could not be factored" in [text.get_text() for text in ax.get_legend().get_texts()]
+    assert "failed" in [text.get_text() for text in ax.get_legend().get_texts()]
     assert ax.get_xscale() == "symlog", "0 has a place"
 
 

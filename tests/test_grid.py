@@ -40,6 +40,12 @@ def test_one_run_stands_for_what_comes_out_the_same(tmp_path):
     assert str(grid) == "4 runs (2 × method, 2 × sparsity, 3 × seed; 8 the same as others)"
 
 
+def test_the_first_seed_that_is_not_left_out_stands_for_the_others():
+    grid = read_grid({"method": "magnitude", "seed": [0, 1, 2], "exclude": {"seed": 0}})
+    assert [each.run.seed for each in grid.runs] == [1]
+    assert (grid.excluded, grid.same) == (1, 1)
+
+
 def test_exclusions_leave_out_what_fits_all_they_say():
     values = {"method": ["wanda", "sparsegpt"], "sparsity": [0.5, 0.6], "percdamp": [0.01, 1], "seqlen": [64, 128]}
     rules = [{"method": "wanda", "percdamp": 1}, {"sparsity": "60%", "seqlen": [64, 7]}]
@@ -82,6 +88,7 @@ BAD = {
     "an exclusion of nothing": ("seed: [0, 1]\nexclude: [{seed: 2}]", "exclude: .* \\{'seed': 2\\} fits none$"),
     "an exclusion of all": ("seed: [0, 1]\nexclude: [{seed: [0, 1]}]", "exclude: expected to leave some runs"),
     "no exclusion": ("seed: [0, 1]\nexclude: 3", "exclude: expected a list of parameters and values, .*, received 3$"),
+    "a name that is a number": ("5: [1]", "5: expected the name of a parameter, received another"),
     "a model of no kind": ("model: 3", "model: expected text, received 3$"),
 }
 
@@ -121,6 +128,8 @@ def test_a_grid_is_written_as_it_is_read(tmp_path):
         "seed": 1,
         "exclude": [{"method": "wanda"}],
     }
+    assert as_yaml({"seed": range(3), "sparsity": ("50%",)}) == "seed: [0, 1, 2]\nsparsity: [50%]\n"
+    assert as_values(range(3)) == "0, 1, 2"
     text = as_yaml(described)
     assert text.splitlines()[0] == "method: [wanda, sparsegpt]"
     path = written(tmp_path, text)

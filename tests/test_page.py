@@ -100,9 +100,28 @@ def test_while_the_sweep_runs_the_page_renews_itself_but_not_all_the_time(small,
     assert len(written) == 1, "once within ten seconds"
     assert re.fullmatch(r"under way, about \d+ s left", written[0]["under_way"])
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert '<meta http-equiv="refresh" content="5">' in text
-    assert re.search(r"1 of 2 runs, 0 of them failed; under way, about \d+ s left; this page renews itself", text)
+    assert "const seconds = 5;" in text
+    assert re.search(
+        r"1 of 2 runs, 0 of them failed; under way, about \d+ s left; this page renews itself while ", text
+    )
     assert said == []
+
+
+def test_the_last_page_says_no_more_that_the_sweep_runs(small, tmp_path):
+    def interrupt(done, total):
+        watch(done, total)
+        if done:
+            raise KeyboardInterrupt
+
+    grid = small | {"method": "magnitude", "sparsity": [0.5, 0.6]}
+    with pytest.raises(KeyboardInterrupt), page.Renewed(tmp_path, print) as watch:
+        sweep(grid, tmp_path, progress=False, watch=interrupt)
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "1 of 2 runs, 0 of them failed</p>" in text
+    assert "const seconds = 0;" in text
+    with pytest.raises(KeyboardInterrupt), page.Renewed(tmp_path / "none", print):
+        raise KeyboardInterrupt
+    assert not (tmp_path / "none").exists()
 
 
 def test_a_page_that_cannot_be_written_does_not_stop_the_sweep(small, tmp_path):
@@ -150,6 +169,12 @@ def test_a_browser_shows_it_without_asking_anybody(swept):
             opened.get_by_label(f"filter {name}", exact=True).fill(wanted)
             said.append(status.inner_text())
         rows = opened.locator("#runs tbody tr:visible").count()
+        for name in ("method", "seed", "perplexity"):
+            opened.get_by_label(f"filter {name}", exact=True).fill("")
+        compared = {}
+        for asked_for in ("> 0.4", "<= 50%", "= 2", ">= 1e+9"):
+            opened.get_by_label("filter pattern", exact=True).fill(asked_for)
+            compared[asked_for] = opened.locator("#runs tbody tr:visible").all_inner_texts()
         browser.close()
     assert errors == []
     assert [url for url in asked if not url.startswith("data:")] == [(swept / "report.html").as_uri()]
@@ -158,3 +183,5 @@ def test_a_browser_shows_it_without_asking_anybody(swept):
     assert [int(words.split()[0]) for words in said[:3]] == [15, 6, 2]
     assert said[0] == "15 of 15 shown."
     assert rows == 0
+    patterns = {each: {text.split("\t")[1] for text in texts} for each, texts in compared.items()}
+    assert patterns == {"> 0.4": {"50%"}, "<= 50%": {"50%"}, "= 2": set(), ">= 1e+9": set()}

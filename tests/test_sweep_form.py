@@ -74,10 +74,13 @@ def test_a_dry_run_then_the_runs_and_their_figure(form):
     first.unlink()
     with pytest.raises(ValueError, match=r"2 runs are kept in .*; a figure shows more than one"):
         view(form.out)
-    form.start()
-    finish(form)
-    assert "2 runs in" in form.status.value
-    assert "1 of them failed" in form.status.value, "what failed is done again by the command alone"
+    form.refresh()
+    assert "2 runs are kept" in form.status.value
+    for retry, count in ((False, 1), (True, 0)):
+        form.retry.value = retry
+        form.start()
+        finish(form)
+        assert f"done: 2 runs in {form.out}, {count} of them failed" in form.status.value
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,11 +18,12 @@ import pytest
 from filelock import FileLock
 
 import sparselab
-from sparselab import sweep, sweeps
+from sparselab import sweep, sweeps, worker
 from sparselab.cli import main
 from sparselab.engines import InProcess, Pool, dask_executor
 from sparselab.errors import LostWorkerError, OutputError, SingularHessianError
 from sparselab.experiment import FAILURE, RESULT, RunConfig, TextConfig, Workbench
+from sparselab.grid import read_grid
 from sparselab.parameters import ParameterError
 from sparselab.results import read_sweep
 
@@ -94,8 +96,19 @@ def test_whoever_watches_is_told_of_new_results_and_ends_the_sweep_by_raising(gr
     with pytest.raises(KeyboardInterrupt):
         sweep(grid, tmp_path, progress=stop, watch=lambda *how: seen.append(how))
     assert asked == [(1, 8), (2, 8), (3, 8)]
-    assert seen == [(1, 8), (2, 8)]
+    assert seen == [(0, 8), (1, 8), (2, 8)]
     assert len(kept(tmp_path)) == 3
+
+
+def test_a_worker_opens_model_and_text_anew_for_each_sweep(grid, tmp_path):
+    text = tmp_path / "mine.txt"
+    text.write_text(Path(grid["dataset"]).read_text())
+    [point, *_] = read_grid(grid | {"dataset": str(text)}, tmp_path).runs
+    known = worker.survey("one", point)
+    text.write_text(text.read_text() + "\nx = 1\n")
+    assert worker.survey("one", point).identity == known.identity
+    assert worker.survey("another", point).identity != known.identity
+    worker.workbench.cache_clear()
 
 
 def test_another_text_is_another_sweep(grid, tmp_path):
@@ -145,6 +158,21 @@ def test_a_run_that_fails_stops_no_other_and_is_done_again_on_request(grid, tmp_
     assert kept(tmp_path, FAILURE) == []
 
 
+def test_what_failed_after_its_result_was_kept_has_failed(grid, tmp_path):
+    """As a notebook whose last cell raises."""
+    some = grid | {"seed": 0, "sparsity": 0.5, "method": "wanda"}
+    quiet(some, tmp_path)
+    [result] = kept(tmp_path)
+    before = result.stat().st_mtime_ns
+    written = json.loads(result.read_text())
+    written["row"]["failure"] = "RuntimeError: in the end"
+    result.with_name(FAILURE).write_text(json.dumps(written))
+    assert quiet(some, tmp_path).failure.tolist() == ["RuntimeError: in the end"]
+    assert sweeps.plan(some, tmp_path).todo == 0
+    assert quiet(some, tmp_path, retry=True).failure.tolist() == [""]
+    assert (result.stat().st_mtime_ns, kept(tmp_path, FAILURE)) == (before, [])
+
+
 def test_a_hessian_that_cannot_be_factored_is_a_result_and_is_told(grid, tmp_path, monkeypatch, capsys):
     def fail(*args, **kwargs):
         raise SingularHessianError("layer 3 is not positive definite; raise percdamp")
@@ -181,6 +209,14 @@ def test_runs_on_dense_inputs_share_statistics_of_one_pass(grid, tmp_path, monke
     same(table.query("nsamples == 8 and percdamp == 0.1 and method == 'sparsegpt' and seed == 1"), alone)
 
 
+def test_what_one_run_cannot_have_is_no_loss_to_those_it_shares_with(grid, tmp_path):
+    some = grid | {"propagate": "dense", "nsamples": [4, 10**6], "sparsity": 0.5, "seed": 0}
+    table = quiet(some, tmp_path)
+    assert (table[table.nsamples == 4].failure == "").all()
+    assert table[table.nsamples == 10**6].failure.str.startswith("ValueError: too little text").all()
+    assert len(table) == 4
+
+
 def test_a_model_or_text_that_is_none_stops_the_sweep_before_it_begins(grid, tmp_path):
     with pytest.raises(sparselab.errors.ModelLoadError):
         quiet(grid | {"model": [grid["model"], str(tmp_path / "none")]}, tmp_path / "out")
@@ -203,13 +239,13 @@ def test_one_sweep_at_a_time(grid, tmp_path):
 
 
 class Losing(InProcess):
-    """Loses what it is given, the first so many times."""
+    """Loses work of a kind, the first so many times."""
 
-    def __init__(self, times):
-        self.times = times
+    def __init__(self, times, work=worker.do, of=lambda job: True):
+        self.times, self.work, self.of = times, work, of
 
     def submit(self, work, /, *args, **kwargs):
-        if work is sweeps.do and self.times:
+        if work is self.work and self.times and self.of(args[0]):
             self.times -= 1
             lost = Future()
             lost.set_exception(BrokenProcessPool("a process ended"))
@@ -230,20 +266,97 @@ def test_work_of_lost_processes_is_done_by_others(grid, tmp_path):
 
 
 def test_workers_that_are_lost_again_and_again_end_the_sweep(grid, tmp_path):
-    with pytest.raises(LostWorkerError, match=r"8 runs are left, of which .*, wanda 50%, .*, seed 0 was under way"):
+    with pytest.raises(LostWorkerError, match="8 runs are left, as "):
         quiet(grid, tmp_path, lambda: Losing(10**6))
+    assert kept(tmp_path, FAILURE) == []
     with pytest.raises(LostWorkerError, match="the same command goes on"):
         quiet(grid, tmp_path, Losing(1))
     assert len(kept(tmp_path)) == 7, "others were done"
     assert len(quiet(grid, tmp_path)) == 8
 
 
+@pytest.mark.parametrize("propagate", ["pruned", "dense"])
+def test_a_run_that_always_ends_its_process_has_failed_and_stops_no_other(grid, tmp_path, propagate):
+    def deadly(job):
+        return any((point.run.method, point.run.sparsity) == ("wanda", "2:4") for point in job.folders)
+
+    some, told = grid | {"seed": 0, "propagate": propagate, "exclude": {"method": "sparsegpt", "sparsity": 0.5}}, []
+    some["percdamp"] = [0.01, 0.1]  # where statistics are shared, all are one job at first
+    table = quiet(some, tmp_path, lambda: Losing(10**6, of=deadly), tell=told.append)
+    failed = table[table.failure != ""]
+    assert set(zip(failed.method, failed.pattern, strict=True)) == {("wanda", "2:4")}
+    assert len(failed) == len(told) - 1 == 2
+    assert (len(table), len(kept(tmp_path))) == (6, 4)
+    assert "LostWorkerError: its process has ended twice, as when memory is short" in told[1]
+    assert (quiet(some, tmp_path, retry=True).failure == "").all()
+
+
+def test_a_worker_that_is_lost_while_it_opens_the_model_is_replaced(grid, tmp_path):
+    made = []
+
+    def make(times):
+        made.append(Losing(times, worker.survey))
+        return made[-1]
+
+    some = grid | {"seed": 0, "sparsity": 0.5}
+    assert sweeps.plan(some, tmp_path, lambda: make(not made)).todo == 2
+    assert len(made) == 2
+    for engine in (partial(make, 1), Losing(1, worker.survey)):
+        with pytest.raises(LostWorkerError, match="the process that was to open it has ended, as when memory is short"):
+            sweeps.plan(some, tmp_path, engine)
+
+
+class Busy(InProcess):
+    """Never comes to an end with work of a kind."""
+
+    def __init__(self, work):
+        self.work, self.given = work, []
+
+    def submit(self, work, /, *args, **kwargs):
+        if work is not self.work:
+            return super().submit(work, *args, **kwargs)
+        self.given.append(Future())
+        return self.given[-1]
+
+
+@pytest.mark.parametrize(("work", "known"), [(worker.survey, (0, 0)), (worker.do, (0, 8))])
+def test_who_ends_the_sweep_while_workers_are_busy_is_heard_and_nothing_more_is_begun(
+    grid, tmp_path, monkeypatch, work, known
+):
+    monkeypatch.setattr(sweeps, "_SECONDS_BETWEEN_LOOKS", 0.01)
+    asked = []
+
+    def stop(*how):
+        asked.append(how)
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+
+    engine = Busy(work)
+    with pytest.raises(KeyboardInterrupt):
+        sweep(grid, tmp_path, engine, progress=stop)
+    assert asked == [known] * 3
+    assert len(engine.given) == (8 if work is worker.do else 1)
+    assert all(future.cancelled() for future in engine.given)
+
+
+@pytest.mark.slow
+def test_a_pool_ends_its_own_processes_and_no_others():
+    with Pool(1) as other:
+        assert other.submit(int).result() == 0
+        pool = Pool(1)
+        sleeping = pool.submit(time.sleep, 1000)
+        assert other.submit(abs, -1).result() == 1
+        pool.kill()
+        assert isinstance(sleeping.exception(60), BrokenProcessPool)
+        assert other.submit(abs, -2).result() == 2
+
+
 def test_a_worker_that_finds_another_model_says_so(grid, tmp_path):
     plan = sweeps.plan(grid | {"seed": 0, "sparsity": 0.5, "method": "wanda"}, tmp_path)
     [job] = plan.jobs
-    other = sweeps.Job(job.runs, job.identity | {"weights": "0" * 64})
+    other = replace(job, identity=job.identity | {"weights": "0" * 64})
     with pytest.raises(OutputError, match="weights is another in this worker than where the sweep was planned"):
-        sweeps.do(other)
+        worker.do(other)
 
 
 def test_any_executor_does_and_one_of_several_threads_does_no_harm(grid, tmp_path):
@@ -313,7 +426,7 @@ def test_slurm_jobs_are_asked_for_as_dask_is_configured(monkeypatch):
             assert isinstance(place, Cluster)
             super().__init__(self)
 
-        get_executor = staticmethod(InProcess)
+        get_executor = staticmethod(lambda pure: InProcess())
 
     monkeypatch.setitem(sys.modules, "distributed", SimpleNamespace(Client=Client))
     monkeypatch.setitem(sys.modules, "dask_jobqueue", SimpleNamespace())

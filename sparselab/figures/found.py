@@ -7,9 +7,7 @@ from matplotlib.figure import Figure
 
 from sparselab.figures.cost import trade_offs
 from sparselab.figures.seeds import curves
-from sparselab.results import Varied, column_of, panels, sets
-
-SETTINGS: tuple[Varied, ...] = ("sparsity", "percdamp", "nsamples")
+from sparselab.results import VARIED, column_of, panels, sets
 
 
 def found(runs: pd.DataFrame) -> Iterator[Figure]:
@@ -21,8 +19,8 @@ def found(runs: pd.DataFrame) -> Iterator[Figure]:
     Args:
         runs: from `results.read_sweep`.
     """
-    values = {x: runs[column_of(x)].nunique() for x in SETTINGS}
-    for x in SETTINGS:
+    values = {x: runs[column_of(x)].nunique() for x in VARIED}
+    for x in VARIED:
         for panel in panels(runs, x) if values[x] > 2 or max(values.values()) == 2 else ():
             yield curves(panel.runs, x, panel.caption, panel.measured, panel.dense)
     for some in sets(runs[(runs.failure == "") & runs.perplexity.notna()], "sparsity"):

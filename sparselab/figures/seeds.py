@@ -9,10 +9,9 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FixedLocator, MultipleLocator, NullLocator
 
 from sparselab.figures.style import GREY, captioned, method_style, new_figure, scale_y, standing_apart
-from sparselab.results import SETTING_COLUMNS, TEXT_COLUMNS, column_of
+from sparselab.results import SETTING_COLUMNS, TEXT_COLUMNS, Varied, column_of
 from sparselab.solvers import NM, parse_sparsity
 
-Setting = Literal["sparsity", "percdamp", "nsamples"]
 Measured = Literal["perplexity", "relative_error", "calibration_error", "heldout_error"]
 
 _X_LABELS = {
@@ -31,7 +30,7 @@ _HALO = withStroke(linewidth=3, foreground="white")  # names stay legible where 
 
 def curves(
     runs: pd.DataFrame,
-    x: Setting,
+    x: Varied,
     caption: str,
     y: Measured = "perplexity",
     dense: float | None = None,
@@ -39,7 +38,7 @@ def curves(
     """Perplexity or layer error against one setting: a line a method, its mean over seeds in a band of their range.
 
     Against sparsity, N:M patterns stand apart from the lines, as larger markers with names and bars for the range.
-    Where a Hessian could not be factored there is an x on the top edge, with how many of the seeds failed.
+    Where runs have failed there is an x on the top edge, with how many of the seeds.
 
     Args:
         runs: a row a run, as `Workbench.runs` or `results.read_runs` gives them, without a row of the dense
@@ -58,7 +57,7 @@ def curves(
     return captioned(figure, caption)
 
 
-def calibration_and_heldout(asked: pd.DataFrame, x: Setting, caption: str) -> Figure:
+def calibration_and_heldout(asked: pd.DataFrame, x: Varied, caption: str) -> Figure:
     """One layer's relative error on the tokens it was calibrated on, and beside it on held-out ones, on one scale.
 
     Args:
@@ -79,7 +78,7 @@ def calibration_and_heldout(asked: pd.DataFrame, x: Setting, caption: str) -> Fi
 
 def over_seeds(
     runs: pd.DataFrame,
-    x: Setting,
+    x: Varied,
     y: Measured = "perplexity",
 ) -> pd.DataFrame:
     """The numbers that `curves` draws, a row a point.
@@ -125,7 +124,7 @@ def _is_grouped(pattern: str) -> bool:
     return isinstance(parse_sparsity(pattern), NM)
 
 
-def _draw_panel(ax: Axes, table: pd.DataFrame, x: Setting, dense: float | None) -> None:
+def _draw_panel(ax: Axes, table: pd.DataFrame, x: Varied, dense: float | None) -> None:
     if dense is not None:
         ax.axhline(dense, color=GREY, linestyle=(0, (1, 1)), label=f"dense ({dense:.2f})")
     apart = table.pattern.map(_is_grouped).astype(bool) if x == "sparsity" else table.method.isna()
@@ -178,7 +177,7 @@ def _draw_failures(ax: Axes, points: pd.DataFrame) -> None:
         text = "failed" if point["failed"] == point["seeds"] else f"{point['failed']} of {point['seeds']} failed"
         ax.annotate(text, (point["at"], 1), (0, 8), xycoords=top, textcoords="offset points", ha="center", fontsize=8)
     if len(points):
-        ax.plot([], [], "x", color=GREY, markersize=8, markeredgewidth=2, label="Hessian could not be factored")
+        ax.plot([], [], "x", color=GREY, markersize=8, markeredgewidth=2, label="failed")
 
 
 def _scale_x(ax: Axes, x: str, places: list[float]) -> None:

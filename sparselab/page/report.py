@@ -33,7 +33,7 @@ def write_report(folder: str | Path, where: str = "", under_way: str = "") -> li
         folder: where the sweep keeps results.
         where: which of them, see `read_sweep`.
         under_way: how far the sweep is, if it is not done; the page then looks for a newer one of itself every few
-            seconds.
+            seconds, while nothing is filtered.
 
     Returns:
         What was written: `report.html`, `results.csv`, and `results.parquet` if pyarrow is installed (extra `sweep`).
@@ -44,7 +44,7 @@ def write_report(folder: str | Path, where: str = "", under_way: str = "") -> li
     place, runs = Path(folder), read_sweep(folder, where)
     about = _about(place)
     text = Template(_TEMPLATE.read_text(encoding="utf-8")).substitute(
-        refresh=f'<meta http-equiv="refresh" content="{_SECONDS_BETWEEN_LOOKS}">' if under_way else "",
+        renewed=_SECONDS_BETWEEN_LOOKS if under_way else 0,
         title=html.escape(f"Sweep: {place.resolve().name}"),
         summary=html.escape(_summary(runs, about, where, under_way)),
         figures="\n".join(map(_image, found(runs))) or "<p>None: neither sparsity, damping nor windows vary.</p>",
@@ -61,25 +61,39 @@ def write_report(folder: str | Path, where: str = "", under_way: str = "") -> li
 class Renewed:
     """The page of a sweep that is under way, written anew when there is something new, but not all the time.
 
+    To be called by `sweep` as its `watch`. As a context manager it writes the last page, whatever ended the sweep.
+
     Args:
         folder: where the sweep keeps results.
         tell: called with a line if the page cannot be written, which does not stop the sweep.
     """
 
     def __init__(self, folder: str | Path, tell: Callable[[str], object]) -> None:
-        self._folder, self._tell, self._next, self._began = folder, tell, 0.0, time.monotonic()
+        self._folder, self._tell, self._next, self._began = folder, tell, 0.0, 0.0
 
     def __call__(self, done: int, total: int) -> None:
-        """Something is new: so many runs are done since this was made, of so many in all."""
+        """So many runs are done, of so many; the first time, of those that were to do none is."""
         started = time.monotonic()
-        if started >= self._next:
+        if not done:
+            self._began = started
+        elif started >= self._next:
             left = in_time((started - self._began) / done * (total - done))
-            try:
-                write_report(self._folder, under_way=f"under way, about {left} left")
-            except (ValueError, OSError) as error:
-                self._tell(f"{PAGE} is not written: {error}")
+            self._write(f"under way, about {left} left")
             taken = time.monotonic() - started
             self._next = started + max(_SECONDS_BETWEEN_PAGES, _SHARE * taken)
+
+    def __enter__(self) -> "Renewed":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._next or not kind:  # else there is no page of this sweep
+            self._write()
+
+    def _write(self, under_way: str = "") -> None:
+        try:
+            write_report(self._folder, under_way=under_way)
+        except (ValueError, OSError) as error:
+            self._tell(f"{PAGE} is not written: {error}")
 
 
 def _about(folder: Path) -> dict[str, Any]:
@@ -92,7 +106,8 @@ def _about(folder: Path) -> dict[str, Any]:
 def _summary(runs: pd.DataFrame, about: dict[str, Any], where: str, under_way: str) -> str:
     of = f" of {about['runs']}" if about.get("runs", 0) > len(runs) and not where else ""
     said = [f"{len(runs)}{of} runs, {len(failures(runs))} of them failed"]
-    said += [f"those of {where}"] * bool(where) + [f"{under_way}; this page renews itself"] * bool(under_way)
+    said += [f"those of {where}"] * bool(where)
+    said += [f"{under_way}; this page renews itself while no box below is filled in"] * bool(under_way)
     return "; ".join(said)
 
 

@@ -12,8 +12,9 @@ class _Cancelled(Exception):  # noqa: N818  # not an error: somebody pressed a b
     pass
 
 
-# Called with a function that it has to call often, with (units done, units in all), the first time before it does any;
-# what that raises has to end the work. Gives what is to be said in the end, if that is more than how much was done.
+# Called with a function that it has to call often, with (units done, units in all), the first time before it does any,
+# and (0, 0) as long as it does not know; what that raises has to end the work. Gives what is to be said in the end, if
+# that is more than how much was done.
 Work = Callable[[Callable[[int, int], None]], str | None]
 
 
@@ -31,7 +32,7 @@ class Job:
         self.finished, self.total = 0, 0
         self.error = ""
         self.result: str | None = None
-        self._before: int | None = None  # units that were done when it began
+        self._before = 0  # units that were done when it began
         self._work, self._tell = work, tell
         self._cancel = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -40,7 +41,6 @@ class Job:
     def start(self) -> None:
         """Begin; returns at once."""
         self.state = "running"
-        self._started = time.monotonic()
         self._thread.start()
 
     def cancel(self) -> None:
@@ -54,7 +54,7 @@ class Job:
     @property
     def seconds_left(self) -> float | None:
         """An estimate from the units so far; None before the first."""
-        if not (done := self.finished - (self._before or 0)):
+        if not (done := self.finished - self._before):
             return None
         return (time.monotonic() - self._started) / done * (self.total - self.finished)
 
@@ -69,8 +69,8 @@ class Job:
         self._tell(self)
 
     def _watch(self, done: int, total: int) -> None:
-        if self._before is None:
-            self._before = done
+        if not self.total:  # now it is known what is to be done
+            self._before, self._started = done, time.monotonic()
         further = done > self.finished
         self.finished, self.total = done, total
         if self._cancel.is_set():

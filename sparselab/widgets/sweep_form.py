@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ipywidgets import HTML, BoundedIntText, Button, Layout, Text
+from ipywidgets import HTML, BoundedIntText, Button, Checkbox, Layout, Text
 
 from sparselab import sweeps
 from sparselab.engines import Pool
@@ -38,7 +38,8 @@ def view(out: Path) -> View:
             f"{len(runs)} runs are kept in {out}; a figure shows more than one sparsity, damping or method"
         )
     shown = ["model", "method", "pattern", "percdamp", "nsamples", "seed", "perplexity", "relative_error", "seconds"]
-    numbers = runs[shown].dropna(axis="columns", how="all").round(4)
+    numbers = runs.assign(failure=runs.failure.replace("", None))[[*shown, "failure"]]
+    numbers = numbers.dropna(axis="columns", how="all").round(4)
     return View(figure, numbers, f"{len(runs)} runs are kept in {out}, {len(failures(runs))} of them failed")
 
 
@@ -69,11 +70,12 @@ class SweepForm(WorkingPanel):
             for name in (*(name for name in RUN_PARAMETERS if name != "out"), EXCLUDE)
         }
         self.workers = BoundedIntText(value=workers, min=1, max=64, description="workers", **_LOOK)
+        self.retry = Checkbox(description="do again what has failed", indent=False)
         self.plan_button = Button(
             description="Dry run", icon="list", tooltip="how many runs, how long, how much memory"
         )
         self.written = HTML()
-        controls = [row(*self.fields.values(), self.workers), self.written, row(self.plan_button)]
+        controls = [row(*self.fields.values(), self.workers), self.written, row(self.plan_button, self.retry)]
         super().__init__(controls, lambda: view(self.out), self._sweep, "runs")
         self.plan_button.on_click(lambda _: self.do(self._plan))
         for field in self.fields.values():
@@ -104,14 +106,14 @@ class SweepForm(WorkingPanel):
         return partial(Pool, self.workers.value)
 
     def _sweep(self) -> Work:
-        grid, engine = read_grid(self.grid, self.out), self._engine()
+        grid, engine, retry = read_grid(self.grid, self.out), self._engine(), self.retry.value
 
         def work(watch: Callable[[int, int], None]) -> str:
-            runs = sweeps.sweep(grid.given, self.out, engine, progress=watch)
+            runs = sweeps.sweep(grid.given, self.out, engine, retry=retry, progress=watch)
             return f"{len(runs)} runs in {self.out}, {len(failures(runs))} of them failed"
 
         return work
 
     def _plan(self) -> Work:
-        grid, engine = read_grid(self.grid, self.out), self._engine()
-        return lambda _: str(sweeps.plan(grid.given, self.out, engine))
+        grid, engine, retry = read_grid(self.grid, self.out), self._engine(), self.retry.value
+        return lambda watch: str(sweeps.plan(grid.given, self.out, engine, retry=retry, progress=watch))

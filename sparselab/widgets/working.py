@@ -71,6 +71,8 @@ class WorkingPanel(Panel):
             return f"cancelled: {so_far}, all kept"
         if job.state == "done":
             return f"done: {job.result or so_far}"
+        if not job.total:
+            return self._under_way()
         left = "" if job.seconds_left is None else f", about {in_time(job.seconds_left)} left"
         return f"{self._under_way()}: {so_far}{left}"
 
