@@ -103,7 +103,7 @@ def numbers(out: Path) -> pd.DataFrame:
 
 def kills(options: argparse.Namespace) -> str:
     """Kill the sweep, with all its processes or alone, and begin it again; once it is done, in a new folder."""
-    draw, grid = random.Random(options.seed), CURVES | QUICK
+    draw, grid = random.Random(options.seed), CURVES | QUICK | {"nsamples": 4, "eval_nsamples": 8}
     with tempfile.TemporaryDirectory() as folder:
         quiet = Path(folder, "quiet")
         usual = seconds(grid, quiet, "--workers", "2")
@@ -113,7 +113,7 @@ def kills(options: argparse.Namespace) -> str:
             out = Path(folder, f"runs-{len(found)}")
             process, last = begin(grid, out, "--workers", "2"), sum(map(len, found)) >= options.kills
             try:
-                said, _ = process.communicate(timeout=None if last else draw.uniform(0.1, 0.3) * usual)
+                said, _ = process.communicate(timeout=None if last else draw.uniform(0.2, 0.5) * usual)
                 assert process.returncode == 0, said
             except subprocess.TimeoutExpired:
                 end = os.killpg if draw.random() < 0.5 else os.kill

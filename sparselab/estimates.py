@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Int
@@ -16,14 +17,25 @@ from sparselab.models.blocks import Decoder, evaluating
 from sparselab.models.inputs import batches
 
 # Passes of the blocks over the calibration windows that a whole run of a method costs, as measured on two CPU cores; of
-# others, what one costs that has to know as much. Then what it costs where statistics are there already, what these
-# cost, what it costs to measure the gap of all layers, and once, to begin.
+# others, what one costs that has to know as much; and once, to begin.
 _PASSES = {"magnitude": 0.05, "wanda": 1.7, "sparsegpt": 2.4}
 _PASSES_BY_NEEDS = {"nothing": 0.05, "feature norms": 1.7, "hessian": 3.0}
-_SOLVE_PASSES = 0.5
-_COLLECT_PASSES = 1.5
-_QUALITY_PASSES = 2.0
 _FIRST_PASSES = 2.0
+
+
+class _Cost(NamedTuple):
+    """What something takes in windows' worth, as measured on the bundled model with 8, 32 and 128 windows."""
+
+    once: float
+    each: float  # for each calibration window
+
+    def of(self, nsamples: int) -> float:
+        return self.once + self.each * nsamples
+
+
+_COLLECT = _Cost(20, 1.0)  # the statistics of all layers
+_SOLVE = _Cost(10, 0)  # a run where these are there already
+_GAP = _Cost(60, 0.8)  # of all layers
 
 
 def seconds_per_window(model: PreTrainedModel, seqlen: int) -> float:
@@ -66,9 +78,11 @@ def windows_passed(
         shared: whether they share statistics of one pass.
     """
     measured = eval_nsamples * ("perplexity" in measure)
-    quality = _QUALITY_PASSES * ("gap" in measure)
-    each = [measured + (quality + (_SOLVE_PASSES if shared else _passes(run.method))) * run.nsamples for run in runs]
-    return sum(each) + shared * _COLLECT_PASSES * max(run.nsamples for run in runs)
+    total = _COLLECT.of(max(run.nsamples for run in runs)) if shared else 0.0
+    for run in runs:
+        total += measured + (_SOLVE.of(run.nsamples) if shared else _passes(run.method) * run.nsamples)
+        total += _GAP.of(run.nsamples) if "gap" in measure else 0.0
+    return total
 
 
 def windows_before(eval_nsamples: int, nsamples: int) -> float:

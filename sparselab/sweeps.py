@@ -26,6 +26,7 @@ from sparselab.worker import Job, Survey, do, in_common, is_done, survey, workbe
 ABOUT = "sweep.json"
 _LOCK = ".lock"
 _SECONDS_BETWEEN_LOOKS = 0.5
+_NOTEBOOK_SECONDS = 20  # for a kernel to begin and to open model and texts, as measured on two CPU cores
 _MOST_LOSSES = 3  # times in a row that processes may be lost without a single job having been finished
 
 
@@ -199,6 +200,7 @@ def _planned(grid: Grid, workers: Workers, template: Path | None, retry: bool, p
             seconds += known.seconds * estimates.windows_passed(
                 runs, points[0].text.eval_nsamples, points[0].measure, shared
             )
+            seconds += _NOTEBOOK_SECONDS if template else 0
             held = ("errors" in points[0].measure) + shared * len({run.nsamples for run in runs})
             nbytes = max(nbytes, known.nbytes + held * known.statistics)
     return Plan(grid, folders, failed, tuple(jobs), seconds, nbytes)
