@@ -4,10 +4,9 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor
 from contextlib import contextmanager, nullcontext
-from importlib import import_module
 from multiprocessing import connection
 from typing import Any, TypeVar
 
@@ -45,7 +44,7 @@ class Pool(ProcessPoolExecutor):
         share = max(1, min(torch.get_num_threads(), (os.cpu_count() or 1) // workers))
         super().__init__(workers, multiprocessing.get_context("spawn"), _settle, (share,))
         for _ in range(workers):  # all begin now, not each when there is work for it
-            self.submit(import_module, "sparselab.worker")
+            self.submit(_begin)
 
     def kill(self) -> None:
         """End at once, whatever is under way."""
@@ -62,6 +61,11 @@ def _settle(threads: int) -> None:
     torch.set_num_threads(threads)
     # What is started from here, as the kernel of a notebook, takes no more.
     os.environ["OMP_NUM_THREADS"] = str(threads)
+
+
+def _begin() -> None:
+    """Import what takes long."""
+    import sparselab.worker  # noqa: F401
 
 
 def _end_with_parent() -> None:
@@ -98,6 +102,12 @@ class Workers:
             lost: Future[T] = Future()
             lost.set_exception(error)
             return lost
+
+    def give_up(self, futures: Iterable["Future[Any]"]) -> None:
+        """Nobody waits for these any more; what is under way with an executor that was given comes to its end."""
+        if not self.renewable:
+            for future in futures:
+                future.cancel()
 
     def stop(self, at_once: bool = False) -> None:
         """End what was made here, in mid-work if need be; what is submitted later has processes of its own."""

@@ -266,8 +266,6 @@ class Workbench:
             ValueError, SparselabError: see `prune` and `perplexity`. A Hessian that cannot be factored does not
             raise: it is a result, with the reason in `failure`.
         """
-        if self.folder is not None:
-            self._path(self.folder, config).with_name(FAILURE).unlink(missing_ok=True)  # of an earlier time
         if (known := self.finished(config)) is not None:
             return known
         try:

@@ -67,7 +67,7 @@ def read_runs(folders: Iterable[Path]) -> pd.DataFrame:
     Raises:
         ValueError: a file is damaged.
     """
-    kept = [_read(path) for each in folders if (path := _kept(each))]
+    kept = [_read(path) for each in folders if (path := _kept(each, RESULT, FAILURE))]
     results = pd.DataFrame(
         [{"model": each["model"], "measure": each.get("measure")} | each["text"] | each["row"] for each in kept]
     )
@@ -84,7 +84,7 @@ def read_failure(folder: Path) -> str:
     Raises:
         ValueError: a file is damaged.
     """
-    path = _kept(folder)
+    path = _kept(folder, FAILURE, RESULT)
     return str(_read(path)["row"]["failure"]) if path else ""
 
 
@@ -100,9 +100,9 @@ def failures(results: pd.DataFrame) -> list[str]:
     ]
 
 
-def _kept(folder: Path) -> Path | None:
-    """The file that says what came of a run."""
-    return next((path for name in (FAILURE, RESULT) if (path := folder / name).is_file()), None)
+def _kept(folder: Path, *names: str) -> Path | None:
+    """The first of these files that is there."""
+    return next((path for name in names if (path := folder / name).is_file()), None)
 
 
 def _read(path: Path) -> dict[str, Any]:

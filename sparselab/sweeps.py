@@ -14,20 +14,20 @@ from filelock import FileLock, Timeout
 from sparselab import estimates, files
 from sparselab.engines import Engine, Workers
 from sparselab.errors import LostWorkerError, OutputError
-from sparselab.experiment import keep_failure, run_folder
+from sparselab.experiment import FAILURE, keep_failure, run_folder
 from sparselab.grid import Given, Grid, read_grid
 from sparselab.manifest import machine_record
 from sparselab.methods import find
 from sparselab.parameters import SweepRun
 from sparselab.progress import Progress, tracked
 from sparselab.results import read_failure, read_runs
-from sparselab.worker import Job, Survey, do, in_common, is_done, survey, workbench
+from sparselab.worker import Job, Survey, do, forget, in_common, is_done, survey
 
 ABOUT = "sweep.json"
 _LOCK = ".lock"
 _SECONDS_BETWEEN_LOOKS = 0.5
 _NOTEBOOK_SECONDS = 20  # for a kernel to begin and to open model and texts, as measured on two CPU cores
-_MOST_LOSSES = 3  # times in a row that processes may be lost without a single job having been finished
+_MOST_LOSSES = 3  # of processes that are to open a model
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def sweep(
 
     Each is kept in a folder of its own as soon as it is finished, named by a hash of its settings, model, texts and
     version. Whatever ends the sweep, the same call goes on with what is left; a run that fails stops no other, nor
-    does one that ends the process of its worker, if it does so alone again.
+    does one that ends its process, if this is one that `executor` makes.
 
     Runs with `propagate="dense"` that differ in method, pattern, damping or number of windows share the statistics of
     one pass, if they are done without notebooks.
@@ -110,13 +110,14 @@ def sweep(
         ParameterError: see `read_grid`.
         OutputError: another sweep writes to `out`.
         ModelLoadError, ValueError: a model or a text cannot be opened.
-        LostWorkerError: processes end again and again, whatever they do.
+        LostWorkerError: an executor has lost its processes, and it is not known how to make another.
     """
     with _opened(grid, out, executor, template) as (wanted, workers, notebook), _alone(Path(out)):
         planned = _planned(wanted, workers, notebook, retry, progress)
         for line in (planned, *(f"{point}: {why}" for point, why in planned.failed.items())):
             tell(str(line))
         _say_what_it_is(planned, Path(out))
+        _forget_failures(planned)
         watch(0, planned.todo)
         with (
             tracked(progress, planned.todo, "sweep", "run") as advance,
@@ -165,7 +166,7 @@ def _opened(
     else:
         workers.stop()
     finally:
-        workbench.cache_clear()
+        forget()
 
 
 @contextmanager
@@ -215,7 +216,7 @@ def _surveyed(workers: Workers, sweep: str, point: SweepRun, progress: Progress)
                 if callable(progress):
                     progress(0, 0)
         finally:
-            asked.cancel()  # nobody waits for it any more
+            workers.give_up([asked])
         if not isinstance(asked.exception(), BrokenExecutor):
             return asked.result()
         if not workers.renewable:
@@ -250,51 +251,49 @@ def _say_what_it_is(planned: Plan, out: Path) -> None:
     files.write_text(out / ABOUT, json.dumps(about, indent=1, default=str) + "\n")
 
 
+def _forget_failures(planned: Plan) -> None:
+    """Of runs that are done again."""
+    for job in planned.jobs:
+        for folder in job.folders.values():
+            (folder / FAILURE).unlink(missing_ok=True)
+
+
 def _do_all(planned: Plan, workers: Workers, tell: Callable[[str], object]) -> Generator[int, None, None]:
     """Have all jobs done; gives the runs of each that has come to an end, or 0 meanwhile.
 
     Jobs of lost processes are done again: together, as long as some of them are finished, then one at a time. One of
-    several runs that loses its process alone is taken apart; a run that does, where another was finished, has failed.
+    several runs that loses its process alone is taken apart; a run that does has failed.
     """
-    waiting, alone, losses, some_done = list(planned.jobs), False, 0, False
+    waiting, alone = list(planned.jobs), False
     while waiting:
         tried, waiting = (waiting[:1], waiting[1:]) if alone else (waiting, [])
         lost: list[Job] = []
-        for runs in _round(tried, workers, tell, lost):
-            some_done |= runs > 0
-            yield runs
-        losses = losses + 1 if len(lost) == len(tried) else 0
+        for job, error in _as_done(tried, workers):
+            if job is None:
+                yield 0
+            elif isinstance(error, BrokenExecutor) and job.left:
+                lost.append(job)
+            else:
+                yield _settled(job, error, tell)
         if lost and not workers.renewable:
             raise LostWorkerError(_about_losses(lost))
         if lost:
             workers.stop(at_once=True)
         if lost and alone:
             [job] = lost
-            if len(job.folders) > 1:
-                losses, lost = 0, _apart(job)
-            elif some_done:
-                losses, lost = 0, []
+            if len(job.folders) == 1:
+                lost = []
                 yield _settled(job, LostWorkerError("its process has ended twice, as when memory is short"), tell)
-        if losses == _MOST_LOSSES:
-            raise LostWorkerError(_about_losses([*waiting, *lost]))
-        alone, waiting = losses > 0, [*waiting, *lost]
-
-
-def _round(
-    jobs: Sequence[Job], workers: Workers, tell: Callable[[str], object], lost: list[Job]
-) -> Generator[int, None, None]:
-    """Have each job tried once; like `_do_all`, but jobs of lost processes are put into a list."""
-    for ended in _as_done(jobs, workers):
-        if ended is None:
-            yield 0
-        elif isinstance(ended[1], BrokenExecutor):
-            lost.append(ended[0])
+            else:
+                lost = [replace(job, folders={point: folder}) for point, folder in job.folders.items()]
+            alone = False
         else:
-            yield _settled(*ended, tell)
+            alone = len(lost) == len(tried)
+        waiting = [*waiting, *lost]
 
 
-def _as_done(jobs: Sequence[Job], workers: Workers) -> Iterator[tuple[Job, BaseException | None] | None]:
-    """Each job when it has come to an end, with what it raised, in whatever order; and None now and then meanwhile.
+def _as_done(jobs: Sequence[Job], workers: Workers) -> Iterator[tuple[Job | None, BaseException | None]]:
+    """Each job when it has come to an end, with what it raised, in whatever order; and no job now and then meanwhile.
 
     This process does jobs as they are submitted. Those that nobody waits for any more are not begun.
     """
@@ -311,30 +310,25 @@ def _as_done(jobs: Sequence[Job], workers: Workers) -> Iterator[tuple[Job, BaseE
             for future in finished:
                 yield under_way.pop(future), future.exception()
             if not finished:
-                yield None
+                yield None, None
     finally:
-        for future in under_way:
-            future.cancel()
+        workers.give_up(under_way)
 
 
 def _settled(job: Job, error: BaseException | None, tell: Callable[[str], object]) -> int:
     """Keep and tell what has failed of a job that has come to an end; its number of runs."""
+    left = job.left
     for point, folder in job.folders.items():
-        if error and not is_done(folder, job.template):
+        if error and point in left:
             keep_failure(folder, job.identity, point.text, point.run, error)
         if why := read_failure(folder):
             tell(f"{point}: {why}")
     return len(job.folders)
 
 
-def _apart(job: Job) -> list[Job]:
-    """A job for each run."""
-    return [replace(job, folders={point: folder}) for point, folder in job.folders.items()]
-
-
 def _about_losses(lost: Sequence[Job]) -> str:
     left = [point for job in lost for point in job.left]
     return (
         f"processes have ended before they were done, as when memory is short; {len(left)} runs are left, as "
-        f"{left[0]}. Take fewer workers, or leave such runs out; the same command goes on"
+        f"{left[0]}. Take fewer workers, or leave such runs out; the same call goes on"
     )

@@ -4,7 +4,6 @@ import threading
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +17,7 @@ from sparselab.parameters import SweepRun
 
 PARTIAL_NOTEBOOK, NOTEBOOK = "run.partial.ipynb", "run.ipynb"
 _NO_WARNINGS = "--IPKernelApp.log_level=ERROR"  # of a kernel that talks to its own machine without encryption
+_opened: dict[object, Workbench] = {}
 _one_at_a_time = threading.Lock()  # a worker of several threads has one model all the same
 
 
@@ -39,8 +39,12 @@ class Job:
 
     @property
     def left(self) -> dict[SweepRun, Path]:
-        """Runs that are not done yet."""
-        return {point: folder for point, folder in self.folders.items() if not is_done(folder, self.template)}
+        """Runs that are neither done yet nor have failed."""
+        return {
+            point: folder
+            for point, folder in self.folders.items()
+            if not is_done(folder, self.template) and not (folder / FAILURE).is_file()
+        }
 
 
 class Survey(NamedTuple):
@@ -62,7 +66,7 @@ class Survey(NamedTuple):
 def survey(sweep: str, point: SweepRun) -> Survey:
     """Open a model and its text in a worker, and measure there what all runs need, unless it is kept already."""
     with _one_at_a_time:
-        bench = workbench(sweep, *in_common(point))
+        bench = workbench(sweep, point)
         if "perplexity" in point.measure:
             float(bench.dense)
         seconds = estimates.seconds_per_window(bench.model, point.text.seqlen)
@@ -92,9 +96,8 @@ def do(job: Job) -> None:
 
 
 def is_done(folder: Path, template: Path | None) -> bool:
-    """Whether a run is finished: nothing has failed since its result was kept, and its notebook has come to the end."""
-    kept = (folder / RESULT).is_file() and not (folder / FAILURE).is_file()
-    return kept and (template is None or (folder / NOTEBOOK).is_file())
+    """Whether a run has its result, and its notebook if one is asked for."""
+    return (folder / RESULT).is_file() and (template is None or (folder / NOTEBOOK).is_file())
 
 
 def in_common(point: SweepRun) -> tuple[str, TextConfig, str, Path]:
@@ -102,16 +105,24 @@ def in_common(point: SweepRun) -> tuple[str, TextConfig, str, Path]:
     return point.model, point.text, point.measure, point.out
 
 
-@lru_cache(maxsize=1)
-def workbench(sweep: str, model: str, text: TextConfig, measure: str, out: Path) -> Workbench:  # noqa: ARG001
-    """The one that this process was asked for last; of another sweep it is opened again, as files may be others."""
-    return Workbench(*load(model), model, text, out, measure)
+def workbench(sweep: str, point: SweepRun) -> Workbench:
+    """The one that this process was asked for last; for another sweep it is opened again, as files may be others."""
+    wanted = sweep, *in_common(point)
+    if wanted not in _opened:
+        _opened.clear()  # one model at a time
+        _opened[wanted] = Workbench(*load(point.model), point.model, point.text, point.out, point.measure)
+    return _opened[wanted]
+
+
+def forget() -> None:
+    """Let go of the model that is open in this process."""
+    _opened.clear()
 
 
 def _same_workbench(job: Job) -> Workbench:
     """Of the job's model and text, which have to be those that the sweep speaks of."""
     first = next(iter(job.folders))
-    bench = workbench(job.sweep, *in_common(first))
+    bench = workbench(job.sweep, first)
     if differing := [name for name, value in bench.identity.items() if job.identity[name] != value]:
         raise OutputError(
             f"{first.model}: {differing[0]} is another in this worker than where the sweep was planned; give "

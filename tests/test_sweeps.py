@@ -108,7 +108,7 @@ def test_a_worker_opens_model_and_text_anew_for_each_sweep(grid, tmp_path):
     text.write_text(text.read_text() + "\nx = 1\n")
     assert worker.survey("one", point).identity == known.identity
     assert worker.survey("another", point).identity != known.identity
-    worker.workbench.cache_clear()
+    worker.forget()
 
 
 def test_another_text_is_another_sweep(grid, tmp_path):
@@ -158,19 +158,19 @@ def test_a_run_that_fails_stops_no_other_and_is_done_again_on_request(grid, tmp_
     assert kept(tmp_path, FAILURE) == []
 
 
-def test_what_failed_after_its_result_was_kept_has_failed(grid, tmp_path):
-    """As a notebook whose last cell raises."""
+def test_a_notebook_that_failed_after_its_result_was_kept_is_not_run_again_unless_asked(grid, tmp_path):
     some = grid | {"seed": 0, "sparsity": 0.5, "method": "wanda"}
     quiet(some, tmp_path)
     [result] = kept(tmp_path)
-    before = result.stat().st_mtime_ns
     written = json.loads(result.read_text())
-    written["row"]["failure"] = "RuntimeError: in the end"
+    written["row"]["failure"] = "RuntimeError: in the last cell"
     result.with_name(FAILURE).write_text(json.dumps(written))
-    assert quiet(some, tmp_path).failure.tolist() == ["RuntimeError: in the end"]
-    assert sweeps.plan(some, tmp_path).todo == 0
-    assert quiet(some, tmp_path, retry=True).failure.tolist() == [""]
-    assert (result.stat().st_mtime_ns, kept(tmp_path, FAILURE)) == (before, [])
+    plan = sweeps.plan(some, tmp_path, template=TEMPLATE)
+    assert (plan.todo, list(plan.failed.values())) == (0, ["RuntimeError: in the last cell"])
+    assert sweeps.plan(some, tmp_path, template=TEMPLATE, retry=True).todo == 1
+    plan = sweeps.plan(some, tmp_path)
+    assert (plan.todo, plan.failed) == (0, {}), "without notebooks nothing has failed"
+    assert quiet(some, tmp_path).failure.tolist() == [""]
 
 
 def test_a_hessian_that_cannot_be_factored_is_a_result_and_is_told(grid, tmp_path, monkeypatch, capsys):
@@ -265,11 +265,8 @@ def test_work_of_lost_processes_is_done_by_others(grid, tmp_path):
     assert len(kept(tmp_path)) == 8
 
 
-def test_workers_that_are_lost_again_and_again_end_the_sweep(grid, tmp_path):
-    with pytest.raises(LostWorkerError, match="8 runs are left, as "):
-        quiet(grid, tmp_path, lambda: Losing(10**6))
-    assert kept(tmp_path, FAILURE) == []
-    with pytest.raises(LostWorkerError, match="the same command goes on"):
+def test_workers_that_are_lost_and_cannot_be_replaced_end_the_sweep(grid, tmp_path):
+    with pytest.raises(LostWorkerError, match=r"1 runs are left, as .*, wanda 50%, .*; the same call goes on"):
         quiet(grid, tmp_path, Losing(1))
     assert len(kept(tmp_path)) == 7, "others were done"
     assert len(quiet(grid, tmp_path)) == 8

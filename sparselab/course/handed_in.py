@@ -50,7 +50,7 @@ def results(path: str | Path, seed: int = 0) -> str:
 
 def _check_columns(table: pd.DataFrame) -> None:
     if missing := [name for name in _COLUMNS if name not in table]:
-        raise CheckError(f"{_NAME} has no column {', '.join(missing)}; write down all that read_sweep gives")
+        raise CheckError(f"{_NAME} has no column {', '.join(missing)}; write down all that sweep gives")
     for name, value in FIXED.items():
         if other := [found for found in table[name].unique().tolist() if found != value]:
             raise CheckError(f"{_NAME}: expected {name} {value} in every run, received {other[0]}")

@@ -86,7 +86,9 @@ class Renewed:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if self._next or not kind:  # else there is no page of this sweep
+        if not kind:
+            write_report(self._folder)
+        elif self._began and (Path(self._folder) / PAGE).is_file():
             self._write()
 
     def _write(self, under_way: str = "") -> None:
