@@ -77,7 +77,8 @@ def workers(options: argparse.Namespace) -> str:
     """One process beside two."""
     grid = CURVES | QUICK | {"measure": "perplexity"}
     cases = {str(count): lambda out, count=count: seconds(grid, out, "--workers", str(count)) for count in (1, 2)}
-    about = f"60 runs ({', '.join(METHODS)} × 5 sparsities × 4 seeds; 16 calibration and 40 evaluation windows)"
+    windows = f"{grid['nsamples']} calibration and {grid['eval_nsamples']} evaluation windows"
+    about = f"60 runs ({', '.join(METHODS)} × 5 sparsities × 4 seeds; {windows})"
     return in_turns("processes of one thread", cases, f"{about}, perplexity measured", options.rounds)
 
 

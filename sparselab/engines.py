@@ -111,8 +111,8 @@ class Workers:
 
     def stop(self, at_once: bool = False) -> None:
         """End what was made here, in mid-work if need be; what is submitted later has processes of its own."""
-        executor, made_here = self._executor, self._make is not None
-        if executor is None or not made_here:
+        executor = self._executor
+        if executor is None or not self.renewable:
             return
         self._executor = None
         if at_once and isinstance(executor, Pool):

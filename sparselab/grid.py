@@ -90,13 +90,12 @@ def read_values(name: str, text: str) -> list[Any]:
 
 def as_values(value: Any) -> str:
     """One value, or several in a list, as `read_values` takes them."""
-    return _in_a_line(list(value) if _is_list(value) else [value])[1:-1]
+    return _in_a_line(_as_list(value))[1:-1]
 
 
 def as_yaml(grid: Mapping[str, Any]) -> str:
     """A grid as a file of it is written."""
-    plain = {name: list(value) if _is_list(value) else value for name, value in grid.items()}
-    return "".join(f"{name}: {_in_a_line([value])[1:-1]}\n" for name, value in plain.items())
+    return "".join(f"{name}: {_in_a_line([value])[1:-1]}\n" for name, value in grid.items())
 
 
 def _yaml() -> YAML:
@@ -106,7 +105,7 @@ def _yaml() -> YAML:
 def _in_a_line(values: list[Any]) -> str:
     writer, text = _yaml(), StringIO()
     writer.default_flow_style, writer.width = True, 10**6
-    writer.dump(values, text)
+    writer.dump([list(each) if _is_list(each) else each for each in values], text)
     return text.getvalue().strip()
 
 
@@ -151,8 +150,12 @@ def _is_list(value: Any) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, str)
 
 
+def _as_list(value: Any) -> list[Any]:
+    return list(value) if _is_list(value) else [value]
+
+
 def _several(name: object, value: Any) -> list[Any]:
-    values = list(value) if _is_list(value) else [value]
+    values = _as_list(value)
     if not values:
         raise ParameterError(f"{name}: expected at least one value, received none")
     if nested := [each for each in values if isinstance(each, Mapping | list)]:
