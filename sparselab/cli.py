@@ -111,7 +111,7 @@ def _compare(options: argparse.Namespace) -> None:
         runs = len(config.runs())
         _say(f"{runs} pruned models to make and to measure: about {minutes:.1f} minutes on this machine.")
         result = compare(model, tokenizer, config, options.model, folder, request=_request(options))
-        drawn = {"perplexity.png": figures.sparsity_perplexity(result.runs, result.about)}
+        drawn = {"perplexity.png": figures.sparsity_perplexity(result.runs, result.about_perplexity)}
         pattern = config.sparsities[(len(config.sparsities) - 1) // 2]
         drawn["layer_errors.png"] = figures.layer_errors(result.layers, pattern, result.about)
         for name, figure in drawn.items():

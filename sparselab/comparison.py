@@ -97,16 +97,21 @@ class Comparison:
     @property
     def about(self) -> str:
         """What every figure has to state."""
-        config = self.config
-        over = "windows" if len(config.seeds) == 1 else "windows and seeds"
-        return f"{caption(self.model, config, config.nsamples, config.seeds)}; perplexity ± standard error over {over}"
+        return caption(self.model, self.config, self.config.nsamples, self.config.seeds)
+
+    @property
+    def about_perplexity(self) -> str:
+        """What a figure of perplexities has to state."""
+        over = "windows" if len(self.config.seeds) == 1 else "windows and seeds"
+        return f"{self.about}; perplexity ± standard error over {over}"
 
     @property
     def caption(self) -> str:
         """What the table has to state."""
-        if set(self.config.methods) == {self.config.baseline}:
-            return self.about
-        return f"{self.about}; difference: log perplexity minus {self.config.baseline}'s, ± half of its 95% interval"
+        about, baseline = self.about_perplexity, self.config.baseline
+        if set(self.config.methods) == {baseline}:
+            return about
+        return f"{about}; difference: log perplexity minus {baseline}'s, ± half of its 95% interval"
 
     @property
     def table(self) -> pd.DataFrame:

@@ -9,56 +9,12 @@ from pathlib import Path
 
 from jaxtyping import config, install_import_hook
 
+_PACKAGE = Path(__file__).parent.parent / "sparselab"
+_UNCHECKED = {"arguments", "cli", "course", "errors", "files", "journal", "misprints", "parameters"}
+_CHECKED = {path.stem for path in _PACKAGE.glob("[!_]*")} - _UNCHECKED - {"solvers"}
 # Module by module: a checked function is wrapped, and Triton's compiler has to see kernels as they are written.
-_SOLVERS = (f"solvers.{path.stem}" for path in Path(__file__).parent.parent.glob("sparselab/solvers/*.py"))
-_CHECKED = (
-    *(*_SOLVERS, "models", "corpora", "calibration", "evaluation", "resources", "methods", "progress", "pruning"),
-    *(
-        "pruners",
-        "experiment",
-        "comparison",
-        "analysis",
-        "cost",
-        "storage",
-        "results",
-        "training",
-        "figures",
-        "widgets",
-    ),
-    *(
-        "bench",
-        "walk",
-        "ranks",
-        "streaming",
-        "preflight",
-        "uncertainty",
-        "quality",
-        "allocation",
-        "outliers",
-        "recovery",
-    ),
-    *(
-        "manifest",
-        "replay",
-        "gradual",
-        "inheritance",
-        "sources",
-        "inspection",
-        "saved",
-        "papers",
-        "reproduction",
-        "tasks",
-        "results",
-        "grid",
-        "sweeps",
-        "worker",
-        "engines",
-        "estimates",
-        "samples",
-        "page",
-    ),
-)
-install_import_hook([f"sparselab.{name}" for name in _CHECKED], "runtime_types.check")
+_CHECKED |= {f"solvers.{path.stem}" for path in _PACKAGE.glob("solvers/*.py")}
+install_import_hook([f"sparselab.{name}" for name in sorted(_CHECKED)], "runtime_types.check")
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 _cache = tempfile.TemporaryDirectory(prefix="sparselab-cache-")  # nothing that an earlier version has measured

@@ -217,7 +217,8 @@ def test_curve_lab_runs_and_cancels(opened, tmp_path):
 
 def test_a_form_of_a_grid_is_filled_in_runs_and_cancels(opened, tmp_path):
     page = opened("08_sweeps", "SweepForm", SMALL_08)
-    assert status(page).inner_text().startswith("3 runs (3 × sparsity")
+    first = shown(page)
+    assert first[1].startswith("3 runs (3 × sparsity")
 
     def fill(name: str, values: str, says: str) -> None:
         box = control(page, name).locator("input")
@@ -227,22 +228,24 @@ def test_a_form_of_a_grid_is_filled_in_runs_and_cancels(opened, tmp_path):
 
     fill("sparsity", "50%, sixty", "^⚠ grid: sparsity: expected .*sixty")
     fill("sparsity", "50%, 60%", r"^2 runs \(2 × sparsity\)$")
+    fill("method", "wanda", "^2 runs")
     assert "sparsity: [50%, 60%]" in page.locator(".jp-OutputArea pre >> text=/^model/").first.inner_text()
     button(page, "Dry run").click()
     wait_for_words(page, r"^done: 2 runs .*: 0 done, 2 to do; about .* minutes of one worker; .* GB for each worker$")
     run = page.locator("button.widget-button >> text=/^Run$/")
     run.click()
     wait_for_words(page, "^done: 2 runs in runs, 0 of them failed$")
-    first = shown(page)[0]
-    assert "magnitude" in page.locator("table.sparselab-numbers").first.inner_text()
+    second = shown(page)[0]
+    assert second != first[0], "what is new is drawn beside what was there"
+    assert "wanda" in page.locator("table.sparselab-numbers").first.inner_text()
     page.screenshot(path=tmp_path / "08_done.png", full_page=True)
-    fill("method", "wanda", "^2 runs")
+    fill("method", "ria", "^2 runs")
     fill("seed", ", ".join(map(str, range(60))), "^120 runs")
     run.click()
     wait_for_words(page, r"^running: [1-9]\d* of 120 runs, about .* left$")
     button(page, "Cancel").click()
     wait_for_words(page, "^cancelled: .* of 120 runs, all kept$")
-    assert shown(page)[0] != first
+    assert shown(page)[0] != second
     page.screenshot(path=tmp_path / "08_cancelled.png", full_page=True)
 
 

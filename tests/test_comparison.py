@@ -152,7 +152,8 @@ def test_caption_states_model_tokens_and_seed(result):
         "evaluated on 5 × 16 tokens of 20 given texts; perplexity ± standard error over windows; "
         "difference: log perplexity minus sparsegpt's, ± half of its 95% interval"
     )
-    assert result.about + "; difference: " in result.caption
+    assert result.caption.startswith(f"{result.about_perplexity}; difference: ")
+    assert result.about_perplexity.startswith(f"{result.about}; perplexity ± ")
     several = Comparison(replace(CONFIG, seeds=(0, 3), methods=("magnitude", "wanda")), "m").caption
     assert "(seeds 0, 3)" in several
     assert "standard error over windows and seeds; difference: log perplexity minus magnitude's" in several
