@@ -147,6 +147,9 @@ def test_trade_offs_are_means_over_seeds():
     assert line.get_xydata().tolist() == [[2, 13], [4, 10]]
     assert [marker.get_label() for marker in markers] == ["wanda", "sparsegpt"]
     assert figure.get_supxlabel() == "all of it"
+    memory = figure.axes[1].xaxis
+    low, high = memory.get_view_interval()
+    assert [tick for tick in memory.get_majorticklocs() if low <= tick <= high] == [5, 10, 20], "all need the same"
 
 
 @pytest.mark.browser

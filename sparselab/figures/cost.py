@@ -4,10 +4,10 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullLocator, PercentFormatter
+from matplotlib.ticker import PercentFormatter
 
 from sparselab.cost import break_even, statistics_bytes
-from sparselab.figures.style import COLOURS, GREY, captioned, method_style, new_figure, scale_y, styles
+from sparselab.figures.style import COLOURS, GREY, captioned, log_ticks, method_style, new_figure, scale_y, styles
 
 HATCHES = {"magnitude": "", "wanda": "//", "sparsegpt": "xx", "ria": "\\\\", "admm": "++"}
 FORM_STYLES = dict(zip(("dense", "bitmask", "CSR", "2:4"), styles(), strict=False))
@@ -72,9 +72,9 @@ def trade_offs(runs: pd.DataFrame, caption: str) -> Figure:
                 some[column], some.perplexity, **method_style(str(method)) | {"linestyle": "none"}, label=str(method)
             )
         ax.set_xscale("log")
-        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        ax.xaxis.set_major_formatter("{x:g}")
-        ax.xaxis.set_minor_locator(NullLocator())
+        log_ticks(ax.xaxis)
+        if means[column].max() < 2 * means[column].min():  # no such tick might be between them
+            ax.set_xlim(means[column].min() / 2, 2 * means[column].max())
         ax.set_xlabel(f"{label} (log scale)")
     scale_y(axes[0], means.perplexity.tolist())
     axes[0].set_ylabel("held-out perplexity" + (" (log scale)" if axes[0].get_yscale() == "log" else ""))
@@ -180,6 +180,4 @@ def stored_bytes(table: pd.DataFrame, caption: str) -> Figure:
 
 def _log_milliseconds(ax: Axes) -> None:
     ax.set_yscale("log")
-    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    ax.yaxis.set_major_formatter("{x:g}")
-    ax.yaxis.set_minor_locator(NullLocator())
+    log_ticks(ax.yaxis)

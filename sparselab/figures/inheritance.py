@@ -2,9 +2,9 @@
 
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import MaxNLocator
 
-from sparselab.figures.style import captioned, new_figure, styles
+from sparselab.figures.style import captioned, log_ticks, new_figure, styles
 
 PARTS = {
     "total": "total:\nthe pruned model",
@@ -36,9 +36,7 @@ def block_errors(table: pd.DataFrame, caption: str) -> Figure:
         ax.set_xlabel("block")
         ax.set_yscale(scale)
         if scale == "log":
-            ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            ax.yaxis.set_major_formatter("{x:g}")
-            ax.yaxis.set_minor_locator(NullLocator())
+            log_ticks(ax.yaxis)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes[0].set_ylabel(f"squared error of a block's outputs,\nrelative to the dense ones ({scale} scale)")
     axes[-1].legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1.0, 0.5), labelspacing=1.2)

@@ -2,9 +2,9 @@
 
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, MultipleLocator, NullLocator
+from matplotlib.ticker import MaxNLocator, MultipleLocator
 
-from sparselab.figures.style import GREY, captioned, method_style, new_figure, standing_apart, styles
+from sparselab.figures.style import GREY, captioned, log_ticks, method_style, new_figure, standing_apart, styles
 from sparselab.solvers import NM, parse_sparsity
 
 
@@ -31,9 +31,7 @@ def sparsity_perplexity(runs: pd.DataFrame, caption: str) -> Figure:
             ax.errorbar(*at, point.stderr, capsize=3, **standing_apart(style))
             ax.annotate(point.pattern, at, (8, 0), textcoords="offset points", va="center", fontsize=8)
     ax.set_yscale("log")
-    ax.yaxis.set_major_locator(LogLocator(subs=(1, 1.2, 1.5, 2, 3, 5, 7)))
-    ax.yaxis.set_major_formatter("{x:g}")
-    ax.yaxis.set_minor_locator(NullLocator())
+    log_ticks(ax.yaxis, (1, 1.2, 1.5, 2, 3, 5, 7))
     ax.xaxis.set_major_locator(MultipleLocator(10))
     ax.margins(x=0.08)
     ax.set_xlabel("realised sparsity of the pruned layers (%)")

@@ -1,13 +1,14 @@
 """What all figures share: colours, markers, a caption under the picture, PNG bytes."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from io import BytesIO
 from itertools import cycle, islice
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
@@ -93,6 +94,16 @@ def scale_y(ax: Axes, measured: list[float]) -> None:
     decades = math.log10(high / low)
     ax.set_yscale("log")
     fine, medium, coarse = (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8), (1, 1.2, 1.5, 2, 3, 5, 7), (1, 2, 5)
-    ax.yaxis.set_major_locator(LogLocator(subs=fine if decades < 0.7 else medium if decades < 1.5 else coarse))
-    ax.yaxis.set_major_formatter("{x:g}")
-    ax.yaxis.set_minor_locator(NullLocator())
+    log_ticks(ax.yaxis, fine if decades < 0.7 else medium if decades < 1.5 else coarse)
+
+
+def log_ticks(axis: Axis, multiples: Sequence[float] = (1, 2, 5)) -> None:
+    """Ticks of a logarithmic axis, written as plain numbers.
+
+    Args:
+        axis: one whose scale is a logarithm already; setting a scale sets other ticks.
+        multiples: of powers of ten, where ticks are.
+    """
+    axis.set_major_locator(LogLocator(subs=multiples))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_locator(NullLocator())
