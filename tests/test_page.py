@@ -150,6 +150,9 @@ def test_trade_offs_are_means_over_seeds():
     memory = figure.axes[1].xaxis
     low, high = memory.get_view_interval()
     assert [tick for tick in memory.get_majorticklocs() if low <= tick <= high] == [5, 10, 20], "all need the same"
+    near = runs.assign(pattern="2:4", perplexity=[18.0, 18.0, 10.1])
+    names = trade_offs(pd.concat([runs, near]), "").axes[0].texts
+    assert [(name.get_text(), name.xy) for name in names] == [("50%", (4, 10)), ("2:4", (2, 18))], "at another end"
 
 
 @pytest.mark.browser

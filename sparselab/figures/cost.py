@@ -1,5 +1,7 @@
 """Costs as measured: methods side by side, bytes of statistics by width, seconds and bytes by sparsity."""
 
+import math
+
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -62,11 +64,17 @@ def trade_offs(runs: pd.DataFrame, caption: str) -> Figure:
     columns = {"seconds": "seconds to calibrate and prune", "peak_memory_mb": "peak memory besides the model (MB)"}
     means = runs.groupby(["method", "pattern"], sort=False)[["perplexity", *columns]].mean().reset_index()
     for ax, (column, label) in zip(axes, columns.items(), strict=True):
+        named: list[float] = []
         for pattern, some in means.groupby("pattern", sort=False):
             ordered = some.sort_values(column)
             ax.plot(ordered[column], ordered.perplexity, color=GREY, linewidth=0.8, zorder=1)
-            last = ordered.iloc[-1]
-            ax.annotate(str(pattern), (last[column], last.perplexity), (6, 0), textcoords="offset points", fontsize=9)
+            end, shift, side = ordered.iloc[-1], 6, "left"
+            if any(abs(math.log(end.perplexity / other)) < 0.04 for other in named):  # names would overlap
+                end, shift, side = ordered.iloc[0], -6, "right"
+            else:
+                named.append(end.perplexity)
+            at = (end[column], end.perplexity)
+            ax.annotate(str(pattern), at, (shift, 0), textcoords="offset points", ha=side, fontsize=9)
         for method, some in means.groupby("method", sort=False):
             ax.plot(
                 some[column], some.perplexity, **method_style(str(method)) | {"linestyle": "none"}, label=str(method)
