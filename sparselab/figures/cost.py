@@ -9,7 +9,17 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from sparselab.cost import break_even, statistics_bytes
-from sparselab.figures.style import COLOURS, GREY, captioned, log_ticks, method_style, new_figure, scale_y, styles
+from sparselab.figures.style import (
+    COLOURS,
+    GREY,
+    captioned,
+    log_ticks,
+    method_style,
+    new_figure,
+    scale_note,
+    scale_y,
+    styles,
+)
 
 HATCHES = {"magnitude": "", "wanda": "//", "sparsegpt": "xx", "ria": "\\\\", "admm": "++"}
 FORM_STYLES = dict(zip(("dense", "bitmask", "CSR", "2:4"), styles(), strict=False))
@@ -85,7 +95,7 @@ def trade_offs(runs: pd.DataFrame, caption: str) -> Figure:
             ax.set_xlim(means[column].min() / 2, 2 * means[column].max())
         ax.set_xlabel(f"{label} (log scale)")
     scale_y(axes[0], means.perplexity.tolist())
-    axes[0].set_ylabel("held-out perplexity" + (" (log scale)" if axes[0].get_yscale() == "log" else ""))
+    axes[0].set_ylabel("held-out perplexity" + scale_note(axes[0]))
     axes[1].legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return captioned(figure, caption)
 

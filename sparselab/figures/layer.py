@@ -6,11 +6,11 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 from numpy import ndarray
 
-from sparselab.figures.style import GREY, captioned, method_style
+from sparselab.figures.style import GREY, captioned, log_ticks, method_style
 
 _CROP = 64
 _POINTS = 1200
@@ -101,7 +101,6 @@ def _draw_outputs(ax: Axes, picture: LayerPicture) -> None:
     for method, shares in picture.error_by_output.items():
         style = method_style(method) | {"marker": ""}
         ax.plot(np.sort(shares)[::-1], label=method, linewidth=2.2 if method == picture.method else 1.2, **style)
-    _log(ax.yaxis)
     ax.set(yscale="log", xlabel="output, worst first")
     _title(ax, "where the error sits: share by output")
     ax.legend(frameon=False, fontsize=8)
@@ -152,12 +151,9 @@ def _draw_agreement(ax: Axes, picture: LayerPicture) -> None:
     _title(ax, "agreement of the masks (IoU)")
 
 
-def _log(axis: object) -> None:
-    """Few ticks on a log axis: they cost most of the drawing."""
-    axis.set_major_locator(LogLocator(numticks=6))  # type: ignore[attr-defined]
-    axis.set_minor_locator(NullLocator())  # type: ignore[attr-defined]
-    axis.set_minor_formatter(NullFormatter())  # type: ignore[attr-defined]
-    axis.set_major_formatter("{x:g}")  # type: ignore[attr-defined]
+def _log(axis: Axis) -> None:
+    """Few ticks: they cost most of the drawing."""
+    log_ticks(axis, (1,), numticks=6)
 
 
 def _title(ax: Axes, text: str) -> None:

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FixedLocator, MultipleLocator, NullLocator
 
-from sparselab.figures.style import GREY, captioned, method_style, new_figure, scale_y, standing_apart
+from sparselab.figures.style import GREY, captioned, method_style, new_figure, scale_note, scale_y, standing_apart
 from sparselab.results import SETTING_COLUMNS, TEXT_COLUMNS, Varied, column_of
 from sparselab.solvers import NM, parse_sparsity
 
@@ -53,7 +53,7 @@ def curves(
     """
     figure, (ax,) = new_figure(7.0, 4.8, 1, 1)
     _draw_panel(ax, over_seeds(runs, x, y), x, dense)
-    ax.set_ylabel(_Y_LABELS[y] + _scale_note(ax))
+    ax.set_ylabel(_Y_LABELS[y] + scale_note(ax))
     return captioned(figure, caption)
 
 
@@ -72,7 +72,7 @@ def calibration_and_heldout(asked: pd.DataFrame, x: Varied, caption: str) -> Fig
     for ax, y in zip(axes, errors, strict=True):
         _draw_panel(ax, over_seeds(asked, x, y), x, None)
         ax.set_title(_Y_LABELS[y], pad=22 if asked.failure.any() else None)
-    axes[0].set_ylabel("relative layer error" + _scale_note(axes[0]))
+    axes[0].set_ylabel("relative layer error" + scale_note(axes[0]))
     return captioned(figure, caption)
 
 
@@ -139,10 +139,6 @@ def _draw_panel(ax: Axes, table: pd.DataFrame, x: Varied, dense: float | None) -
     ax.set_xlabel(_X_LABELS[x])
     _draw_failures(ax, table[table.failed > 0])
     ax.legend(facecolor="white", framealpha=0.9, edgecolor="none", handlelength=3)
-
-
-def _scale_note(ax: Axes) -> str:
-    return " (log scale)" if ax.get_yscale() == "log" else ""
 
 
 def _draw_line(ax: Axes, points: pd.DataFrame, method: str) -> None:

@@ -97,13 +97,19 @@ def scale_y(ax: Axes, measured: list[float]) -> None:
     log_ticks(ax.yaxis, fine if decades < 0.7 else medium if decades < 1.5 else coarse)
 
 
-def log_ticks(axis: Axis, multiples: Sequence[float] = (1, 2, 5)) -> None:
+def scale_note(ax: Axes) -> str:
+    """What the name of a y axis ends in."""
+    return " (log scale)" if ax.get_yscale() == "log" else ""
+
+
+def log_ticks(axis: Axis, multiples: Sequence[float] = (1, 2, 5), numticks: int | None = None) -> None:
     """Ticks of a logarithmic axis, written as plain numbers.
 
     Args:
         axis: one whose scale is a logarithm already; setting a scale sets other ticks.
         multiples: of powers of ten, where ticks are.
+        numticks: about the most there are; None leaves it to matplotlib.
     """
-    axis.set_major_locator(LogLocator(subs=multiples))
+    axis.set_major_locator(LogLocator(subs=multiples, numticks=numticks))
     axis.set_major_formatter("{x:g}")
     axis.set_minor_locator(NullLocator())
